@@ -1,0 +1,68 @@
+"""CLoQ: the factors that best undo a quantized layer's output error on the calibration data, in closed form.
+
+Deng et al., arXiv:2501.18475, Theorem 3.1. For `E = W − Q` and the Gram matrix `G = S Sᵀ` of the layer's inputs it minimises
+`‖(E − B A) S‖_F²` over all `B A` of the given rank. With `V` the top eigenvectors of `E G Eᵀ` the optimum is `B A = V Vᵀ E`
+(`linalg` says why), found here without the paper's root, inverse and damping.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cloq import linalg
+from cloq.types import AnyQuantizedWeight, LayerStats, LoraFactors, Quantize
+
+SPLITS = ("paper", "balanced")
+
+
+class ClosedForm(NamedTuple):
+    """factors: `A (r, in)`, `B (out, r)`, float32. error: `‖(E − B A) S‖²`. total: `‖E S‖²`. spectrum: the r leading eigenvalues of
+    `E G Eᵀ`, float64, descending; `total − spectrum.sum() = error`."""
+
+    factors: LoraFactors
+    error: float
+    total: float
+    spectrum: Tensor
+
+
+def closed_form(error: Tensor, gram: Tensor, rank: int, split: str = "paper") -> ClosedForm:
+    """The rank-r `B A` that minimises `‖(E − B A) S‖_F²`, `S Sᵀ = G`.
+
+    error: `(out, in)`, what the factors should undo, `W − Q`. gram: `(in, in)`, positive semi-definite, of any rank and scale.
+    rank: at least 1; more than `min(out, in)` is clipped to it, where the error vanishes.
+    split: `paper` puts the eigenvectors into B (orthonormal columns, `A = Bᵀ E`); `balanced` shares the singular values of `B A`
+        between both (`BᵀB = A Aᵀ`). The product is the same.
+
+    Raises `ValueError` for wrong shapes, rank or split, and for NaN or Inf. Within 0.1 % of the float64 optimum on any input.
+    """
+    if error.ndim != 2 or gram.shape != (error.shape[1],) * 2:
+        raise ValueError(f"closed_form needs an error (out, in) and a Gram matrix (in, in), got {tuple(error.shape)} and {tuple(gram.shape)}")
+    if rank < 1:
+        raise ValueError(f"the rank must be at least 1, got {rank}")
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}: one of {', '.join(SPLITS)}")
+    if not (bool(torch.isfinite(error).all()) and bool(torch.isfinite(gram).all())):
+        raise ValueError("closed_form was given NaN or Inf")
+    rank = min(rank, *error.shape)
+    vectors, values, total = linalg.top_eigenvectors(error, gram, rank)
+    B, A = vectors, vectors.T @ error.to(vectors.dtype)
+    if split == "balanced":
+        B, A = linalg.balance(B, A)
+    remaining = 0.0 if rank == min(error.shape) else max(total - float(values.sum()), 0.0)
+    return ClosedForm(LoraFactors(A.float(), B.float()), remaining, total, values)
+
+
+@dataclass(frozen=True)
+class Cloq:
+    """Quantize, then fit the factors to the error in closed form. split: see `closed_form`."""
+
+    split: str = "paper"
+
+    def initialize(self, weight: Tensor, stats: LayerStats, quantize: Quantize, rank: int) -> tuple[AnyQuantizedWeight, LoraFactors]:
+        weight = weight.float()
+        quantized = quantize(weight)
+        return quantized, closed_form(weight - quantized.dequantize(), stats.gram, rank, self.split).factors

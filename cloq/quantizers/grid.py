@@ -1,0 +1,72 @@
+"""Group-wise integer grids: which scale and zero point a group gets, and how a value becomes a code.
+
+Scales are rounded to float16 before any value is coded, because that is what the file holds: codes chosen for an unrounded scale would
+be fitted to a grid that no reader sees. Ranges always contain 0, so a dead or pruned weight is represented exactly.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SMALLEST_SCALE = 2.0**-14
+"""The smallest normal float16: below it a rounded scale loses its significand."""
+
+
+def group_index(columns: int, group_size: int | None, device: torch.device | None = None) -> Tensor:
+    """Group of each of `columns` inputs, `(in,)` int64. `None` is one group; the last group is shorter where the size does not divide."""
+    positions = torch.arange(columns, device=device)
+    return torch.zeros_like(positions) if group_size is None else positions // group_size
+
+
+def fit(values: Tensor, bits: int, symmetric: bool, search: bool) -> tuple[Tensor, Tensor]:
+    """Scale and zero point for each row of `values (rows, n)`: `(rows,)` float32 representable in float16, and `(rows,)` uint8.
+
+    asymmetric: min-max, the range widened to contain 0.
+    symmetric: zero point `2**(bits-1)`; all `2**bits` levels are used, and the side with the larger magnitude gets the extra level by
+        the sign of the scale. (At 2 bits the levels are −2…1; dropping one costs points.)
+    search: try shrunken ranges as well and keep, per row, the scale with the least squared rounding error.
+    """
+    levels = 2**bits - 1
+    low, high = values.amin(1).clamp_max(0), values.amax(1).clamp_min(0)
+    if symmetric:
+        half = 2 ** (bits - 1)
+        zero = torch.full_like(low, half)
+        # the negative side of the grid has `half` steps, the positive one `half - 1`: a negative scale swaps them
+        as_is = torch.maximum(-low / half, high / (half - 1))
+        swapped = torch.maximum(high / half, -low / (half - 1))
+        scale = torch.where(as_is <= swapped, as_is, -swapped)
+    else:
+        scale = (high - low) / levels
+        zero = None
+    shrinks = [1.0] if not search else [1.0 - 0.05 * step for step in range(13)]
+    best = None
+    for shrink in shrinks:
+        s = _storable(scale * shrink)
+        z = zero if symmetric else (-low * shrink / s).round().clamp(0, levels)
+        if len(shrinks) == 1:
+            return s, z.to(torch.uint8)
+        error = (values - decode(encode(values, s[:, None], z[:, None], bits), s[:, None], z[:, None])).square().sum(1)
+        if best is None:
+            best, best_s, best_z = error, s, z
+        else:
+            better = error < best
+            best, best_s, best_z = torch.where(better, error, best), torch.where(better, s, best_s), torch.where(better, z, best_z)
+    return best_s, best_z.to(torch.uint8)
+
+
+def encode(values: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """Nearest codes, as floats: `clamp(round(w / scale) + zero, 0, 2**bits − 1)`. Shapes broadcast."""
+    return (values / scale).round_().add_(zero).clamp_(0, 2**bits - 1)
+
+
+def decode(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """`(codes − zero) · scale`. Shapes broadcast."""
+    return (codes - zero) * scale
+
+
+def _storable(scale: Tensor) -> Tensor:
+    """Rounded to float16 and back; magnitudes below the smallest normal one are raised to it, an all-zero group gets 1."""
+    magnitude = scale.abs().clamp(SMALLEST_SCALE, torch.finfo(torch.float16).max)
+    sign = torch.where(scale < 0, -1.0, 1.0)
+    return torch.where(scale == 0, torch.ones_like(scale), sign * magnitude.half().float())
