@@ -3,8 +3,21 @@
 from cloq.quantizers.gptq import Gptq
 from cloq.quantizers.magr import Magr
 from cloq.quantizers.rtn import Rtn
+from cloq.specs import QuantSpec
+from cloq.types import Quantizer
 
 QUANTIZERS = {"gptq": Gptq, "rtn": Rtn}
 """The quantizers that a run can name. `Magr` wraps any of them."""
 
-__all__ = ["QUANTIZERS", "Gptq", "Magr", "Rtn"]
+
+def from_spec(spec: QuantSpec) -> Quantizer:
+    """The quantizer that a `QuantSpec` describes: each class takes those of its fields that the spec has."""
+    kind = QUANTIZERS[spec.quantizer]
+    quantizer = kind(**{name: getattr(spec, name) for name in kind.__dataclass_fields__ if hasattr(spec, name)})
+    if not spec.magr:
+        return quantizer
+    alpha = spec.magr_alpha or (1e-3 if spec.group_size is None else 1e-4)
+    return Magr(quantizer, spec.group_size, alpha)
+
+
+__all__ = ["QUANTIZERS", "Gptq", "Magr", "Rtn", "from_spec"]

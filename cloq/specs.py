@@ -1,0 +1,227 @@
+"""What the user asked for: frozen values, validated on construction, with an exact round trip through JSON and YAML.
+
+Nothing here imports torch, so the command line can validate before it loads anything heavy. Unknown keys are refused by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from cloq.errors import SpecError
+
+BITS = (2, 3, 4, 8)
+GROUP_SIZES = (32, 64, 128, None)
+QUANTIZER_NAMES = ("gptq", "rtn", "nf4")
+INITIALIZER_NAMES = ("cloq", "zero", "svd", "loftq", "qera", "eora", "pissa")
+SPLIT_NAMES = ("paper", "balanced")
+PROPAGATE = ("adapter", "quantized", "dense")
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise SpecError(message)
+
+
+def _one_of(name: str, value: Any, allowed: tuple) -> None:
+    _require(value in allowed, f"{name} is {value!r}; allowed: {', '.join('channel' if a is None else str(a) for a in allowed)}")
+
+
+class Spec:
+    """Round trip and refusal of unknown keys, for the frozen dataclasses below."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `from_dict` of it gives an equal spec."""
+        return _plain(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]):
+        """Raises `SpecError` for an unknown key or a value of the wrong kind."""
+        _require(isinstance(values, Mapping), f"{cls.__name__} needs a mapping, got {type(values).__name__}")
+        hints = typing.get_type_hints(cls)
+        unknown = sorted(set(values) - set(hints))
+        _require(not unknown, f"unknown setting {', '.join(map(repr, unknown))} in {cls.__name__}; known: {', '.join(hints)}")
+        return cls(**{key: _parse(hints[key], value, f"{cls.__name__}.{key}") for key, value in values.items()})
+
+    def replace(self, **changes):
+        """A copy with other values, validated again."""
+        return dataclasses.replace(self, **changes)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Spec):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _parse(hint: Any, value: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(hint, type) and issubclass(hint, Spec):
+        return value if isinstance(value, hint) else hint.from_dict(value)
+    if origin is tuple:
+        _require(isinstance(value, (list, tuple)), f"{where} needs a list, got {value!r}")
+        return tuple(_parse(arguments[0], item, where) for item in value)
+    allowed = arguments if origin in (typing.Union, types.UnionType) else (hint,)
+    if float in allowed and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value) if int not in allowed else value
+    fits = any(value is None if a is type(None) else type(value) is a for a in allowed)
+    names = " or ".join("null" if a is type(None) else a.__name__ for a in allowed)
+    _require(fits, f"{where} needs {names}, got {value!r}")
+    return value
+
+
+@dataclass(frozen=True)
+class QuantSpec(Spec):
+    """How a weight becomes codes.
+
+    group_size: columns that share a scale; `None` is one scale per output channel. Where it does not divide a layer's inputs the last
+        group is shorter.
+    search: choose each group's scale by its rounding error instead of its range.
+    magr: run MagR before the quantizer. magr_alpha: weight of its penalty, `None` for 1e-4 per group and 1e-3 per channel.
+    damping, act_order, static_groups: GPTQ's.
+    """
+
+    bits: int = 2
+    group_size: int | None = 64
+    quantizer: str = "gptq"
+    symmetric: bool = False
+    search: bool = True
+    magr: bool = False
+    magr_alpha: float | None = None
+    damping: float = 0.01
+    act_order: bool = False
+    static_groups: bool = False
+
+    def __post_init__(self):
+        _one_of("bits", self.bits, BITS)
+        _one_of("group_size", self.group_size, GROUP_SIZES)
+        _one_of("quantizer", self.quantizer, QUANTIZER_NAMES)
+        _require(self.quantizer != "nf4" or self.bits == 4, f"nf4 is a 4-bit codebook; bits is {self.bits}. Use --bits 4, or --quantizer gptq")
+        _require(self.quantizer != "nf4" or self.group_size == 64, "nf4 uses blocks of 64 values; set group_size to 64")
+        _require(0 <= self.damping <= 1, f"damping is {self.damping}; it is relative to the mean diagonal, between 0 and 1 (0.01 is usual)")
+        _require(self.magr_alpha is None or self.magr_alpha > 0, f"magr_alpha is {self.magr_alpha}; it must be positive")
+
+
+@dataclass(frozen=True)
+class LoraSpec(Spec):
+    """How the factors are found. rank: clipped per layer to `min(in, out)`. split: see `closed_form`. iterations: LoftQ's rounds."""
+
+    init: str = "cloq"
+    rank: int = 64
+    split: str = "paper"
+    iterations: int = 5
+
+    def __post_init__(self):
+        _one_of("init", self.init, INITIALIZER_NAMES)
+        _one_of("split", self.split, SPLIT_NAMES)
+        _require(1 <= self.rank <= 4096, f"rank is {self.rank}; allowed: 1 to 4096 (16 to 128 is usual)")
+        _require(1 <= self.iterations <= 100, f"iterations is {self.iterations}; allowed: 1 to 100")
+
+
+@dataclass(frozen=True)
+class CalibSpec(Spec):
+    """Which text is run through the model.
+
+    source: `demo`, `self`, `c4`, `wikitext2`, `pile`, a hub data set `owner/name[:config[:split]]`, a local file or folder, or a mixture
+        `a:0.5,b:0.5` of these. column: of the data set, where it is not found by itself.
+    samples: sequences of `seq_len` tokens for the Gram matrices. heldout: further sequences, as a share of `samples`, for the held-out error.
+    seed: of the choice of sequences.
+    """
+
+    source: str = "wikitext2"
+    samples: int = 128
+    seq_len: int = 2048
+    heldout: float = 0.125
+    column: str | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        _require(bool(self.source.strip()), "the calibration source is empty; name one, such as --calib wikitext2 or --calib text.jsonl")
+        _require(1 <= self.samples <= 1_000_000, f"calibration samples is {self.samples}; allowed: 1 to 1000000 (128 is usual)")
+        _require(8 <= self.seq_len <= 1_000_000, f"seq_len is {self.seq_len}; allowed: 8 to the model's context (2048 is usual)")
+        _require(0 <= self.heldout <= 1, f"heldout is {self.heldout}; it is a share of the samples between 0 and 1")
+
+    @property
+    def heldout_samples(self) -> int:
+        """Sequences for the held-out error: the share rounded up, so that any share above 0 gives at least one."""
+        return -int(-self.samples * self.heldout // 1)
+
+
+@dataclass(frozen=True)
+class Rule(Spec):
+    """What is different for the modules that `match` names: another width, group, rank, or left dense. See `matches`."""
+
+    match: str
+    bits: int | None = None
+    group_size: int | None = None
+    rank: int | None = None
+    dense: bool = False
+
+    def __post_init__(self):
+        _require(bool(self.match), "a rule needs a pattern in `match`")
+        _require(self.bits is None or self.bits in BITS, f"rule {self.match!r}: bits is {self.bits}; allowed: {', '.join(map(str, BITS))}")
+        _one_of(f"rule {self.match!r}: group_size", self.group_size, GROUP_SIZES)
+        _require(self.rank is None or 1 <= self.rank <= 4096, f"rule {self.match!r}: rank is {self.rank}; allowed: 1 to 4096")
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a shell-style pattern names a module: the whole dotted name, or its end after a dot (`q_proj`, `mlp.*`, `*.layers.0.*`)."""
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, "*." + pattern)
+
+
+@dataclass(frozen=True)
+class RunSpec(Spec):
+    """One whole run.
+
+    model: hub id or folder; revision: of the hub id. only / skip: patterns of modules to take or to leave dense. rules: exceptions.
+    propagate: what later layers are calibrated on: the outputs of `Q + BA` (`adapter`), of `Q` (`quantized`) or of the original (`dense`).
+    sequential: inside a block, later layers see the earlier ones already quantized; otherwise one forward serves the whole block.
+    device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`. batch_tokens: tokens per forward.
+    trust_remote_code: run Python code that comes with the model. Off, and never needed by the families that are tested.
+    """
+
+    model: str = DEFAULT_MODEL
+    revision: str | None = None
+    quant: QuantSpec = field(default_factory=QuantSpec)
+    lora: LoraSpec = field(default_factory=LoraSpec)
+    calib: CalibSpec = field(default_factory=CalibSpec)
+    only: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+    rules: tuple[Rule, ...] = ()
+    propagate: str = "adapter"
+    sequential: bool = True
+    device: str = "auto"
+    batch_tokens: int = 4096
+    trust_remote_code: bool = False
+
+    def __post_init__(self):
+        _one_of("propagate", self.propagate, PROPAGATE)
+        _require(bool(self.model), "the model is empty; name a hub id or a folder")
+        _require(self.batch_tokens >= 1, f"batch_tokens is {self.batch_tokens}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class LayerSpec(Spec):
+    """What one module gets, after patterns and rules: `dense` leaves it as it is."""
+
+    quant: QuantSpec
+    rank: int
+    dense: bool = False
+
+
+def layer_spec(run: RunSpec, name: str) -> LayerSpec:
+    """Resolves `only`, `skip` and `rules` for one module; of several matching rules the last one wins, setting by setting."""
+    chosen = not run.only or any(matches(p, name) for p in run.only)
+    dense = not chosen or any(matches(p, name) for p in run.skip)
+    quant, rank = run.quant, run.lora.rank
+    for rule in run.rules:
+        if matches(rule.match, name):
+            changes = {key: getattr(rule, key) for key in ("bits", "group_size") if getattr(rule, key) is not None}
+            quant, rank, dense = quant.replace(**changes), rule.rank or rank, dense or rule.dense
+    return LayerSpec(quant, rank, dense)

@@ -1,0 +1,205 @@
+"""Finished blocks on disk: written atomically, never recomputed, and only ever continued by a run with the same settings.
+
+    OUT/.cloq/manifest.json         what the run is: settings, versions, fingerprints of the model and of the calibration tokens
+    OUT/.cloq/blocks/00007.safetensors   one finished block: packed codes, scales, zero points, factors; metrics in its header
+    OUT/.cloq/lock                  held while a run writes here
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from cloq import packing
+from cloq.errors import RunError
+from cloq.types import AnyQuantizedWeight, CodebookWeight, LayerMetrics, LayerResult, LoraFactors, QuantizedWeight
+
+FOLDER = ".cloq"
+
+
+class Store:
+    """The stored blocks of one output folder."""
+
+    def __init__(self, out: str | Path):
+        self.out = Path(out)
+        self.folder = self.out / FOLDER
+        self.blocks = self.folder / "blocks"
+
+    # -- opening -------------------------------------------------------------------------------------------------------
+
+    def begin(self, manifest: dict[str, Any], restart: bool = False) -> int:
+        """Prepares the folder for a run and returns how many blocks are finished already.
+
+        Raises `RunError` if the folder holds something that cloq did not write, a run with other settings (the differences are spelled
+        out; `restart` discards that run instead), or cannot be written.
+        """
+        self._refuse_foreign()
+        if restart and self.folder.exists():
+            shutil.rmtree(self.folder)
+        path = self.folder / "manifest.json"
+        if path.exists():
+            changed = differences(self.manifest(), manifest)
+            if changed:
+                raise RunError(
+                    f"{self.out} holds a run with other settings: {'; '.join(changed)}. "
+                    "Use the same settings to continue it, another --out, or --restart to discard it"
+                )
+        else:
+            with writing(self.out):
+                self.blocks.mkdir(parents=True, exist_ok=True)
+                write_atomically(path, json.dumps(manifest, indent=1, sort_keys=True).encode())
+        return self.finished()
+
+    def _refuse_foreign(self) -> None:
+        if self.out.exists() and not self.out.is_dir():
+            raise RunError(f"{self.out} is a file; --out names a folder")
+        if self.out.is_dir() and not self.folder.exists():
+            other = sorted(p.name for p in self.out.iterdir())
+            if other:
+                raise RunError(f"{self.out} holds something else ({', '.join(other[:3])}); choose an empty or new folder for --out")
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Held while a run writes here; `RunError` if another process holds it. The system frees it when the process ends, however it ends."""
+        with writing(self.out):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            handle = open(self.folder / "lock", "w")  # noqa: SIM115 - closed below, after the lock
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            handle.close()
+            raise RunError(f"another run is writing to {self.out}; wait for it or choose another --out") from error
+        try:
+            yield
+        finally:
+            handle.close()
+
+    def manifest(self) -> dict[str, Any]:
+        """Raises `RunError` if there is no run here."""
+        try:
+            return json.loads((self.folder / "manifest.json").read_text("utf8"))
+        except FileNotFoundError as error:
+            raise RunError(f"{self.out} holds no cloq run (no {FOLDER}/manifest.json); make one with cloq quantize --out {self.out}") from error
+        except ValueError as error:
+            raise RunError(f"{self.folder / 'manifest.json'} is damaged ({error}); start over with --restart") from error
+
+    # -- blocks --------------------------------------------------------------------------------------------------------
+
+    def _path(self, index: int) -> Path:
+        return self.blocks / f"{index:05d}.safetensors"
+
+    def finished(self) -> int:
+        """How many blocks are finished, counted from the first."""
+        count = 0
+        while self._path(count).exists():
+            count += 1
+        return count
+
+    def write(self, index: int, results: dict[str, LayerResult]) -> None:
+        """Stores one block; after this returns it survives a crash. Raises `RunError` when the disk is full or cannot be written."""
+        tensors, header = {}, {}
+        for name, result in results.items():
+            weight, description = _weight_to_tensors(result.weight)
+            tensors |= {f"{name}/{key}": value.cpu().contiguous() for key, value in weight.items()}
+            tensors |= {f"{name}/A": result.factors.A.cpu().contiguous(), f"{name}/B": result.factors.B.cpu().contiguous()}
+            header[name] = {"weight": description, "metrics": dataclasses.asdict(result.metrics)}
+        with writing(self.out):
+            write_atomically(self._path(index), save(tensors, {"layers": json.dumps(header)}))
+
+    def read(self, index: int) -> dict[str, LayerResult]:
+        """One stored block, on the CPU. Raises `RunError` if its file is damaged."""
+        path = self._path(index)
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = json.loads(file.metadata()["layers"])
+                return {name: _result_from_tensors(file, name, described) for name, described in header.items()}
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise RunError(f"the stored block {path} cannot be read ({error}); delete it and run the same command again") from error
+
+    def all_metrics(self) -> dict[str, LayerMetrics]:
+        """Metrics of every stored layer by name, without reading any tensor."""
+        found = {}
+        for index in range(self.finished()):
+            with safe_open(self._path(index), framework="pt") as file:
+                for name, described in json.loads(file.metadata()["layers"]).items():
+                    found[name] = _metrics(described["metrics"])
+        return found
+
+
+def _weight_to_tensors(weight: AnyQuantizedWeight) -> tuple[dict, dict]:
+    described = {"kind": type(weight).__name__, "shape": list(weight.shape), "bits": weight.bits, "damping": weight.damping}
+    codes = packing.pack(weight.codes, weight.bits)
+    if isinstance(weight, CodebookWeight):
+        return {"codes": codes, "scale": weight.scale, "codebook": weight.codebook}, described | {"block_size": weight.block_size}
+    tensors = {"codes": codes, "scale": weight.scale.half(), "zero": weight.zero, "group_index": weight.group_index.int()}
+    return tensors, described | {"group_size": weight.group_size, "symmetric": weight.symmetric}
+
+
+def _result_from_tensors(file, name: str, described: dict) -> LayerResult:
+    def get(key: str):
+        return file.get_tensor(f"{name}/{key}")
+
+    about = described["weight"]
+    codes = packing.unpack(get("codes"), about["bits"], about["shape"][1])
+    if about["kind"] == CodebookWeight.__name__:
+        weight = CodebookWeight(codes, get("scale"), get("codebook"), about["block_size"], about["bits"], about["damping"])
+    else:
+        weight = QuantizedWeight(
+            codes, get("scale").float(), get("zero"), get("group_index").long(),
+            about["bits"], about["group_size"], about["symmetric"], about["damping"],
+        )  # fmt: skip
+    return LayerResult(weight, LoraFactors(get("A"), get("B")), _metrics(described["metrics"]))
+
+
+def _metrics(values: dict) -> LayerMetrics:
+    return LayerMetrics(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """Where two JSON values differ, one phrase each: `quant.bits was 2, is 3`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        inner = [differences(old.get(k), new.get(k), f"{where}.{k}" if where else k) for k in sorted(set(old) | set(new))]
+        return [phrase for phrases in inner for phrase in phrases]
+    return [] if old == new else [f"{where} was {_short(old)}, is {_short(new)}"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:24] + "…"
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """The whole content under that name or nothing: a temporary file beside it, flushed to disk, then renamed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turns the system's errors while writing into `RunError` with a remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"cannot write to {folder}: {error.strerror or error}. Nothing is half-written; make room or choose another --out, "
+            "and run the same command again: finished blocks are kept"
+        ) from error
