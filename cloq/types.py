@@ -138,7 +138,8 @@ class LayerMetrics:
     seconds: wall time of quantization plus factors.
     rank: rank of the factors, after clipping to what the layer allows.
     bits_per_weight: storage of the quantized weight over its number of entries, without the adapter.
-    spectrum: leading and trailing singular energy of `(W − Q) S`, at most a few dozen points, descending, for the report's picture.
+    spectrum: shares of the error `‖(W − Q) S‖²` that the factors' directions hold, descending, at most 32 of them; for CLoQ these are the
+        leading eigenvalues of the error itself.
     notes: everything where the code had to change course, in words.
     """
 

@@ -1,0 +1,242 @@
+"""The one loop: block after block, capture → quantize → factors → store → next block's inputs.
+
+    run = Pipeline(spec, out)          opens the model and the store; nothing is computed yet
+    run.execute(emit)                  the loop; every finished block is on disk before the next one starts
+
+A killed run is executed again with the same settings: finished blocks are read back and only their forward is repeated, so the
+activations, and with them every later byte, are the same as in an undisturbed run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cloq import __version__, initializers, linalg, quantizers
+from cloq.calibration import CalibrationTokens, gram_matrices, shared_inputs
+from cloq.errors import ModelError, SpecError
+from cloq.models import Batch, Decoder, set_weight
+from cloq.specs import LayerSpec, RunSpec, layer_spec, matches
+from cloq.store import Store
+from cloq.types import LayerMetrics, LayerResult, LayerStats, LoraFactors
+
+Emit = Callable[[str, dict[str, Any]], None]
+"""Receives what happens, as a name and plain values: `start`, `replay`, `layer`, `block`, `phase`, `done`."""
+
+EXECUTION_ONLY = ("device", "batch_tokens")
+"""Settings that say how a run is executed, not what it computes; they may change between a run and its continuation."""
+
+SPECTRUM_POINTS = 32
+
+
+def quantize_blocks(spec: RunSpec, decoder: Decoder, tokens: CalibrationTokens, store: Store, emit: Emit, restart: bool = False) -> None:
+    """Runs the loop until every block is stored. `store` must be locked by the caller.
+
+    Raises `ModelError` for weights that cannot be quantized, `SpecError` for patterns that name nothing, `RunError` for the folder.
+    """
+    layers = plan_layers(spec, decoder)
+    done = store.begin(manifest(spec, decoder, tokens), restart)
+    clock = _Clock(emit)
+    total = len(decoder.blocks)
+    emit("start", {"blocks": total, "finished": done, "layers": sum(not s.dense for s in layers.values())})
+    with clock("embed"):
+        calibration = decoder.enter(tokens.calibration, spec.batch_tokens)
+        heldout = decoder.enter(tokens.heldout, spec.batch_tokens) if len(tokens.heldout) else []
+    for index in range(total):
+        started = time.perf_counter()
+        with clock("load"):
+            block = decoder.load_block(index)
+        linears = decoder.linears(index)
+        if index < done:
+            _apply(store.read(index), linears, spec.propagate)
+            emit("replay", {"block": index, "blocks": total})
+        else:
+            results = _solve_block(spec, decoder, index, linears, layers, calibration, heldout, clock, emit)
+            with clock("store"):
+                store.write(index, results)
+        if index + 1 < total:
+            with clock("propagate"):
+                calibration = [_advance(decoder, index, batch) for batch in calibration]
+                heldout = [_advance(decoder, index, batch) for batch in heldout]
+        decoder.drop_block(index)
+        del block
+        emit("block", {"block": index, "blocks": total, "seconds": time.perf_counter() - started, "replayed": index < done})
+
+
+def _solve_block(
+    spec: RunSpec, decoder: Decoder, index: int, linears: dict[str, nn.Module], layers: dict[str, LayerSpec],
+    calibration: list[Batch], heldout: list[Batch], clock: _Clock, emit: Emit,
+) -> dict[str, LayerResult]:  # fmt: skip
+    wanted = {name for name in linears if not layers[name].dense}
+    groups = shared_inputs(lambda: decoder.run_block(index, calibration[0]), linears)
+    groups = [[name for name in group if name in wanted] for group in groups]
+    groups = [group for group in groups if group]
+    rounds = [[group] for group in groups] if spec.sequential and spec.propagate != "dense" else [groups]
+    results: dict[str, LayerResult] = {}
+    for together in rounds:  # one forward per round; later rounds see the layers of earlier ones already quantized
+        firsts = [group[0] for group in together]
+        with clock("capture"):
+            stats = gram_matrices(_forwards(decoder, index, calibration), linears, firsts)
+            unseen = gram_matrices(_forwards(decoder, index, heldout), linears, firsts) if heldout else {}
+        for group in together:
+            for name in group:
+                weight = decoder.weight(name, linears[name])
+                with clock("solve"):
+                    result = solve_layer(weight, stats[group[0]], unseen.get(group[0]), layers[name], spec)
+                results[name] = result
+                emit("layer", {"block": index, "name": name, **dataclasses.asdict(result.metrics)})
+            with clock("apply"):
+                _apply({name: results[name] for name in group}, linears, spec.propagate)
+    return {name: results[name] for name in linears if name in results}
+
+
+def solve_layer(weight: Tensor, stats: LayerStats, unseen: LayerStats | None, layer: LayerSpec, spec: RunSpec) -> LayerResult:
+    """Quantizes one layer, fits its factors, and measures both. Pure: tensors in, a value out.
+
+    weight: `(out, in)` float32. stats, unseen: of the calibration and the held-out tokens.
+    """
+    started = time.perf_counter()
+    notes = []
+    rank = min(layer.rank, *weight.shape)
+    if rank < layer.rank:
+        notes.append(f"rank {layer.rank} clipped to {rank}, the most that {tuple(weight.shape)} allows")
+    group_size = layer.quant.group_size
+    if group_size is not None and weight.shape[1] % group_size:
+        notes.append(f"group size {group_size} does not divide {weight.shape[1]} inputs: the last group has {weight.shape[1] % group_size}")
+    if stats.n_tokens == 0:
+        notes.append("no calibration token reached this layer: quantized without statistics, factors fitted to the plain weight error")
+        stats = LayerStats(torch.eye(weight.shape[1], device=weight.device), 0)
+    quantizer = quantizers.from_spec(layer.quant)
+    initializer = initializers.from_spec(spec.lora)
+    quantized, factors = initializer.initialize(weight, stats, lambda w: quantizer.quantize(w, stats), rank)
+    if quantized.damping > layer.quant.damping:
+        notes.append(f"Cholesky failed with damping {layer.quant.damping:g}; raised to {quantized.damping:g}")
+    seconds = time.perf_counter() - started
+    residual = weight - quantized.dequantize()
+    corrected = residual - factors.delta()
+    if not bool(torch.isfinite(corrected).all()):
+        raise ModelError(f"a layer of shape {tuple(weight.shape)} came out of quantization with NaN or Inf")
+    return LayerResult(
+        quantized,
+        factors,
+        LayerMetrics(
+            error_quantized=linalg.relative_error(residual, weight, stats.gram),
+            error_corrected=linalg.relative_error(corrected, weight, stats.gram),
+            heldout_quantized=linalg.relative_error(residual, weight, unseen.gram) if unseen else None,
+            heldout_corrected=linalg.relative_error(corrected, weight, unseen.gram) if unseen else None,
+            n_tokens=stats.n_tokens,
+            damping=quantized.damping,
+            seconds=seconds,
+            rank=rank,
+            bits_per_weight=quantized.storage_bits() / weight.numel(),
+            spectrum=_spectrum(factors, stats.gram, linalg.gram_norm2(residual, stats.gram)),
+            notes=tuple(notes),
+        ),
+    )
+
+
+def _spectrum(factors: LoraFactors, gram: Tensor, total: float) -> tuple[float, ...]:
+    """Up to 32 of the eigenvalues of `(B A) G (B A)ᵀ`, as shares of `‖E S‖²`: how much of the error how few directions take away."""
+    if total <= 0:
+        return ()
+    core = torch.linalg.qr(factors.B).R @ factors.A
+    values = torch.linalg.eigvalsh((core @ gram @ core.T).double()).flip(0).clamp_min(0)
+    at = sorted({math.floor(i * (len(values) - 1) / (SPECTRUM_POINTS - 1)) for i in range(SPECTRUM_POINTS)})
+    return tuple(float(v) / total for v in values[at])
+
+
+def _forwards(decoder: Decoder, index: int, batches: list[Batch]):
+    return (lambda batch=batch: decoder.run_block(index, batch) for batch in batches)
+
+
+def _advance(decoder: Decoder, index: int, batch: Batch) -> Batch:
+    return Batch(decoder.run_block(index, batch), batch.calls)
+
+
+def _apply(results: dict[str, LayerResult], linears: dict[str, nn.Module], propagate: str) -> None:
+    if propagate == "dense":
+        return
+    for name, result in results.items():
+        set_weight(linears[name], result.effective_weight(adapter=propagate == "adapter"))
+
+
+def plan_layers(spec: RunSpec, decoder: Decoder) -> dict[str, LayerSpec]:
+    """What every linear layer of every block gets, by full name, in order.
+
+    Raises `SpecError` if a pattern names no layer or nothing is left to quantize; `ModelError` for fused experts unless `only` or `skip`
+    say that this is known.
+    """
+    names, fused = [], []
+    for index in range(len(decoder.blocks)):
+        names += decoder.linears(index)
+        fused += decoder.fused_experts(index)
+    if fused and not (spec.only or spec.skip):
+        raise ModelError(
+            f"{type(decoder.model).__name__} fuses its experts into parameters such as {fused[0]}, which cloq cannot quantize yet. "
+            "Quantize the dense part alone with --only, for example --only 'self_attn.*'"
+        )
+    for pattern in [*spec.only, *spec.skip, *(rule.match for rule in spec.rules)]:
+        if not any(matches(pattern, name) for name in names):
+            raise SpecError(f"the pattern {pattern!r} matches no linear layer; layers are named like {names[0]}")
+    layers = {name: layer_spec(spec, name) for name in names}
+    if all(layer.dense for layer in layers.values()):
+        raise SpecError("--only, --skip and the rules leave no layer to quantize")
+    return layers
+
+
+def manifest(spec: RunSpec, decoder: Decoder, tokens: CalibrationTokens) -> dict[str, Any]:
+    """Everything that the stored bytes depend on, as JSON: a run may only be continued where all of it is the same."""
+    settings = {key: value for key, value in spec.to_dict().items() if key not in EXECUTION_ONLY and key != "model"}
+    config = json.dumps(decoder.config.to_dict(), sort_keys=True, default=str)
+    return {
+        "settings": settings,
+        "model": {"files": decoder.checkpoint.fingerprint(), "config": hashlib.sha256(config.encode()).hexdigest()},
+        "calibration tokens": tokens.fingerprint(),
+        "versions": {"cloq": __version__, "torch": torch.__version__, "transformers": _version("transformers")},
+        "blocks": len(decoder.blocks),
+    }
+
+
+def _version(library: str) -> str:
+    from importlib.metadata import version
+
+    return version(library)
+
+
+class _Clock:
+    """Times phases and emits each as it ends; on a GPU a phase ends when its kernels have."""
+
+    def __init__(self, emit: Emit):
+        self._emit = emit
+
+    def __call__(self, phase: str) -> _Clock:
+        self._phase = phase
+        return self
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __exit__(self, *exc: object) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._emit("phase", {"phase": self._phase, "seconds": time.perf_counter() - self._started})
+
+
+def resolve_device(name: str) -> str:
+    """`auto` → `cuda` where there is one, else `cpu`; a GPU that was asked for and is not there is a `SpecError`."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind = name.split(":")[0]
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(kind, False):
+        have = ", ".join(k for k, ok in available.items() if ok)
+        raise SpecError(f"device {name!r} is not available here (there is: {have}); use --device auto, or install the torch build for it")
+    return name
