@@ -225,3 +225,30 @@ def layer_spec(run: RunSpec, name: str) -> LayerSpec:
             changes = {key: getattr(rule, key) for key in ("bits", "group_size") if getattr(rule, key) is not None}
             quant, rank, dense = quant.replace(**changes), rule.rank or rank, dense or rule.dense
     return LayerSpec(quant, rank, dense)
+
+
+FLAT = {
+    **{name: ("", name) for name in ("model", "revision", "propagate", "sequential", "device", "batch_tokens", "trust_remote_code")},
+    **{name: ("", name) for name in ("only", "skip", "rules")},
+    **{f.name: ("quant", f.name) for f in dataclasses.fields(QuantSpec)},
+    **{name: ("lora", name) for name in ("init", "rank", "split")},
+    "loftq_iterations": ("lora", "iterations"),
+    "calib": ("calib", "source"),
+    "calib_samples": ("calib", "samples"),
+    "calib_column": ("calib", "column"),
+    **{name: ("calib", name) for name in ("seq_len", "heldout", "seed")},
+}
+"""Settings by the flat names of the Python API and the command line → (section of the spec, field)."""
+
+
+def run_spec(base: RunSpec | None = None, **settings: Any) -> RunSpec:
+    """A `RunSpec` from flat settings (`bits=2, calib="c4"`), on top of `base` or of the defaults. Unknown names raise `SpecError`."""
+    unknown = sorted(set(settings) - set(FLAT))
+    _require(not unknown, f"unknown setting {', '.join(map(repr, unknown))}; known: {', '.join(FLAT)}")
+    values = (base or RunSpec()).to_dict()
+    for name, value in settings.items():
+        section, key = FLAT[name]
+        if key in ("only", "skip") and isinstance(value, str):
+            value = (value,)
+        (values[section] if section else values)[key] = _plain(value)
+    return RunSpec.from_dict(values)

@@ -15,14 +15,24 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor
 
 from cloq import packing
 from cloq.errors import RunError
-from cloq.types import AnyQuantizedWeight, CodebookWeight, LayerMetrics, LayerResult, LoraFactors, QuantizedWeight
+from cloq.types import (
+    AnyQuantizedWeight,
+    CodebookWeight,
+    LayerMetrics,
+    LayerResult,
+    LoraFactors,
+    QuantizedWeight,
+    WeightLayout,
+    layout,
+)
 
 FOLDER = ".cloq"
 
@@ -109,56 +119,65 @@ class Store:
         """Stores one block; after this returns it survives a crash. Raises `RunError` when the disk is full or cannot be written."""
         tensors, header = {}, {}
         for name, result in results.items():
-            weight, description = _weight_to_tensors(result.weight)
-            tensors |= {f"{name}/{key}": value.cpu().contiguous() for key, value in weight.items()}
-            tensors |= {f"{name}/A": result.factors.A.cpu().contiguous(), f"{name}/B": result.factors.B.cpu().contiguous()}
-            header[name] = {"weight": description, "metrics": dataclasses.asdict(result.metrics)}
+            parts = _weight_to_tensors(result.weight) | {"A": result.factors.A, "B": result.factors.B}
+            tensors |= {f"{name}/{key}": value.cpu().contiguous() for key, value in parts.items()}
+            header[name] = {"weight": dataclasses.asdict(layout(result.weight)), "metrics": dataclasses.asdict(result.metrics)}
         with writing(self.out):
             write_atomically(self._path(index), save(tensors, {"layers": json.dumps(header)}))
 
     def read(self, index: int) -> dict[str, LayerResult]:
         """One stored block, on the CPU. Raises `RunError` if its file is damaged."""
-        path = self._path(index)
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = json.loads(file.metadata()["layers"])
-                return {name: _result_from_tensors(file, name, described) for name, described in header.items()}
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise RunError(f"the stored block {path} cannot be read ({error}); delete it and run the same command again") from error
+        with self._damaged(index), safe_open(self._path(index), framework="pt") as file:
+            header = json.loads(file.metadata()["layers"])
+            return {name: _result_from_tensors(file, name, described) for name, described in header.items()}
 
-    def all_metrics(self) -> dict[str, LayerMetrics]:
-        """Metrics of every stored layer by name, without reading any tensor."""
+    def summaries(self) -> dict[str, LayerSummary]:
+        """Layout and metrics of every stored layer by name, without reading any tensor."""
         found = {}
         for index in range(self.finished()):
-            with safe_open(self._path(index), framework="pt") as file:
+            with self._damaged(index), safe_open(self._path(index), framework="pt") as file:
                 for name, described in json.loads(file.metadata()["layers"]).items():
-                    found[name] = _metrics(described["metrics"])
+                    weight = described["weight"] | {"shape": tuple(described["weight"]["shape"])}
+                    found[name] = LayerSummary(WeightLayout(**weight), _metrics(described["metrics"]))
         return found
 
+    @contextlib.contextmanager
+    def _damaged(self, index: int) -> Iterator[None]:
+        try:
+            yield
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            path = self._path(index)
+            raise RunError(f"the stored block {path} cannot be read ({error}); delete it and run the same command again") from error
 
-def _weight_to_tensors(weight: AnyQuantizedWeight) -> tuple[dict, dict]:
-    described = {"kind": type(weight).__name__, "shape": list(weight.shape), "bits": weight.bits, "damping": weight.damping}
+
+class LayerSummary(NamedTuple):
+    """What is known of a stored layer without its tensors."""
+
+    layout: WeightLayout
+    metrics: LayerMetrics
+
+
+def _weight_to_tensors(weight: AnyQuantizedWeight) -> dict[str, Tensor]:
     codes = packing.pack(weight.codes, weight.bits)
     if isinstance(weight, CodebookWeight):
-        return {"codes": codes, "scale": weight.scale, "codebook": weight.codebook}, described | {"block_size": weight.block_size}
-    tensors = {"codes": codes, "scale": weight.scale.half(), "zero": weight.zero, "group_index": weight.group_index.int()}
-    return tensors, described | {"group_size": weight.group_size, "symmetric": weight.symmetric}
+        return {"codes": codes, "scale": weight.scale, "codebook": weight.codebook}
+    return {"codes": codes, "scale": weight.scale.half(), "zero": weight.zero, "group_index": weight.group_index.int()}
 
 
 def _result_from_tensors(file, name: str, described: dict) -> LayerResult:
-    def get(key: str):
+    def get(key: str) -> Tensor:
         return file.get_tensor(f"{name}/{key}")
 
-    about = described["weight"]
+    about, metrics = described["weight"], _metrics(described["metrics"])
     codes = packing.unpack(get("codes"), about["bits"], about["shape"][1])
-    if about["kind"] == CodebookWeight.__name__:
-        weight = CodebookWeight(codes, get("scale"), get("codebook"), about["block_size"], about["bits"], about["damping"])
+    if about["kind"] == "codebook":
+        weight = CodebookWeight(codes, get("scale"), get("codebook"), about["group_size"], about["bits"], metrics.damping)
     else:
         weight = QuantizedWeight(
             codes, get("scale").float(), get("zero"), get("group_index").long(),
-            about["bits"], about["group_size"], about["symmetric"], about["damping"],
+            about["bits"], about["group_size"], about["symmetric"], metrics.damping,
         )  # fmt: skip
-    return LayerResult(weight, LoraFactors(get("A"), get("B")), _metrics(described["metrics"]))
+    return LayerResult(weight, LoraFactors(get("A"), get("B")), metrics)
 
 
 def _metrics(values: dict) -> LayerMetrics:

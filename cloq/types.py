@@ -107,6 +107,30 @@ class CodebookWeight:
 AnyQuantizedWeight = QuantizedWeight | CodebookWeight
 
 
+@dataclass(frozen=True)
+class WeightLayout:
+    """What a format needs to know of a quantized weight before its tensors are read.
+
+    kind: `integer` or `codebook`. shape: `(out, in)`. group_size: of an integer grid, or the codebook's block size. permuted: the groups
+    are not runs of consecutive columns (activation order without static groups).
+    """
+
+    kind: str
+    shape: tuple[int, int]
+    bits: int
+    group_size: int | None
+    symmetric: bool
+    permuted: bool
+
+
+def layout(weight: AnyQuantizedWeight) -> WeightLayout:
+    """The layout of a quantized weight."""
+    if isinstance(weight, CodebookWeight):
+        return WeightLayout("codebook", weight.shape, weight.bits, weight.block_size, False, False)
+    steps = weight.group_index.diff()
+    return WeightLayout("integer", weight.shape, weight.bits, weight.group_size, weight.symmetric, bool((steps < 0).any()))
+
+
 @dataclass(frozen=True, eq=False)
 class LoraFactors:
     """A low-rank correction `ΔW = B A` with `A (r, in)` and `B (out, r)`, float32. PEFT applies it with scaling 1."""

@@ -1,0 +1,67 @@
+"""Perplexity, streamed block by block like everything else: the whole model is never in memory.
+
+The protocol has a name and stands beside every number: `chunks-L` is the text as one stream of tokens, cut into sequences of L without
+overlap, every token but a sequence's first predicted, the mean taken over all predicted tokens. (WikiText-2's usual protocol with L = 2048.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cloq.errors import CalibrationError
+from cloq.models import Batch, Decoder
+
+SetWeights = Callable[[int, dict[str, nn.Module]], None]
+"""Changes the weights of block i, whose linear layers by name are given, before the block runs."""
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """value: exp of the mean negative log-likelihood in nats. tokens: predicted ones. stderr: of the mean log-likelihood over sequences."""
+
+    value: float
+    tokens: int
+    stderr: float
+    protocol: str
+
+
+def evaluation_tokens(text: str, tokenizer, seq_len: int, max_samples: int | None = None) -> Tensor:
+    """`(sequences, seq_len)` int64, the text from its beginning. Raises `CalibrationError` if it does not fill one sequence."""
+    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    count = len(ids) // seq_len
+    if count == 0:
+        raise CalibrationError(f"the evaluation text has {len(ids)} tokens, fewer than one sequence of {seq_len}; give more text or lower --seq-len")
+    count = min(count, max_samples or count)
+    return torch.tensor(ids[: count * seq_len], dtype=torch.int64).reshape(count, seq_len)
+
+
+@torch.no_grad()
+def perplexity(
+    decoder: Decoder, tokens: Tensor, batch_tokens: int = 4096, set_weights: SetWeights | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Perplexity:  # fmt: skip
+    """Perplexity of the model on `tokens (sequences, length)`, with the weights in the checkpoint or as `set_weights` changes them."""
+    batches = decoder.enter(tokens, batch_tokens)
+    for index in range(len(decoder.blocks)):
+        decoder.load_block(index)
+        if set_weights is not None:
+            set_weights(index, decoder.linears(index))
+        batches = [Batch(decoder.run_block(index, batch), batch.calls) for batch in batches]
+        decoder.drop_block(index)
+        if progress is not None:
+            progress(index + 1, len(decoder.blocks))
+    losses = []
+    with decoder.outer():
+        rows = tokens.split(batches[0].hidden.shape[0])
+        for batch, ids in zip(batches, rows, strict=True):
+            for hidden, one in zip(batch.hidden.split(1), ids.split(1), strict=True):  # one sequence of logits at a time
+                logits = decoder.leave(hidden, one)[0, :-1].float()
+                losses.append(nn.functional.cross_entropy(logits, one[0, 1:].to(logits.device)).double().cpu())
+    mean = torch.stack(losses)
+    stderr = float(mean.std() / math.sqrt(len(mean))) if len(mean) > 1 else float("nan")
+    return Perplexity(math.exp(float(mean.mean())), tokens.numel() - len(tokens), stderr, f"chunks-{tokens.shape[1]}")
