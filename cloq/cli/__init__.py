@@ -1,0 +1,33 @@
+"""The command line: one sub-command is one short function; heavy imports happen inside it."""
+
+from __future__ import annotations
+
+import sys
+
+from cloq.cli.app import app
+from cloq.errors import CloqError
+
+INTERRUPTED = 130
+USER_ERROR = 2
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command. Errors that a user can mend are printed in a line or two, with exit code 2 and no traceback."""
+    import click
+
+    try:
+        code = app(args=argv, standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except CloqError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.ClickException as error:
+        error.show(file=sys.stderr)
+    except (KeyboardInterrupt, click.Abort):
+        print("interrupted; finished blocks are kept, the same command continues", file=sys.stderr)
+        return INTERRUPTED
+    return USER_ERROR
+
+
+__all__ = ["app", "main"]

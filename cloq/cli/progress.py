@@ -1,0 +1,72 @@
+"""What a person watches while a run goes on, and what a script reads: three renderers of the same events."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+Emit = Callable[[str, dict[str, Any]], None]
+
+
+@contextmanager
+def progress(mode: str) -> Iterator[Emit]:
+    """mode: `bar` for people, `json` for one JSON object per line on standard output, `quiet` for nothing."""
+    if mode == "json":
+        yield _json_line
+    elif mode == "quiet":
+        yield lambda event, values: None
+    else:
+        with _bar() as emit:
+            yield emit
+
+
+def _json_line(event: str, values: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps({"event": event, **values}, default=str) + "\n")
+    sys.stdout.flush()
+
+
+@contextmanager
+def _bar() -> Iterator[Emit]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = [TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("blocks"), TimeElapsedColumn()]
+    with Progress(*columns, TextColumn("{task.fields[left]}"), TextColumn("[dim]{task.fields[note]}"), console=console) as bars:
+        task = bars.add_task("quantizing", total=None, left="", note="")
+        watch = _TimeLeft()
+
+        def emit(event: str, values: dict[str, Any]) -> None:
+            if event == "start":
+                bars.update(task, total=values["blocks"])
+            elif event == "layer":
+                name = values["name"].split(".", 2)[-1] if values["name"].count(".") > 2 else values["name"]
+                bars.update(task, note=f"{name}  error {values['error_quantized']:.4f} → {values['error_corrected']:.4f}")
+                for note in values["notes"]:
+                    console.print(f"  {values['name']}: {note}", style="yellow", highlight=False)
+            elif event == "replay":
+                bars.update(task, note="finished before: forward only")
+            elif event == "block":
+                bars.update(task, completed=values["block"] + 1, left=watch.after(values))
+
+        yield emit
+
+
+class _TimeLeft:
+    """An estimate from the blocks that were really computed, not from those read back."""
+
+    def __init__(self) -> None:
+        self._seconds: list[float] = []
+
+    def after(self, block: dict[str, Any]) -> str:
+        if not block["replayed"]:
+            self._seconds.append(block["seconds"])
+        remaining = block["blocks"] - block["block"] - 1
+        if not self._seconds or not remaining:
+            return ""
+        mean = sum(self._seconds[-5:]) / len(self._seconds[-5:])
+        return time.strftime("%-M:%S left", time.gmtime(remaining * mean)) if remaining * mean < 3600 else f"{remaining * mean / 3600:.1f} h left"

@@ -1,0 +1,126 @@
+"""Flags of the command line, made from the specs: every flat setting is one flag with the same name, type and default."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cloq.errors import SpecError
+from cloq.specs import FLAT, INITIALIZER_NAMES, PROPAGATE, QUANTIZER_NAMES, SPLIT_NAMES, RunSpec, run_spec
+
+HELP = {
+    "bits": "Bits per weight: 2, 3, 4 or 8.",
+    "group_size": "Columns that share a scale: 32, 64, 128, or 'channel'.",
+    "quantizer": f"{', '.join(QUANTIZER_NAMES)}.",
+    "symmetric": "Symmetric grid, zero point in the middle.",
+    "search": "Choose scales by their rounding error instead of the range.",
+    "magr": "Shrink large weights before quantizing (MagR).",
+    "magr_alpha": "Weight of MagR's penalty.",
+    "damping": "GPTQ: added to the Gram matrix's diagonal, relative to its mean.",
+    "act_order": "GPTQ: columns in order of falling activation energy.",
+    "static_groups": "GPTQ: scales from the original weight, in the original order.",
+    "init": f"How the factors are found: {', '.join(INITIALIZER_NAMES)}.",
+    "rank": "Rank of the factors.",
+    "split": f"How the product is split into A and B: {', '.join(SPLIT_NAMES)}.",
+    "loftq_iterations": "Rounds of LoftQ's alternation.",
+    "calib": "Calibration text: demo, self, c4, wikitext2, pile, a hub data set, a file or folder, or a mixture a:0.5,b:0.5.",
+    "calib_samples": "Calibration sequences.",
+    "calib_column": "Column of the data set that holds the text.",
+    "seq_len": "Tokens per sequence.",
+    "heldout": "Further sequences for the held-out error, as a share of the samples.",
+    "seed": "Of the choice of sequences.",
+    "only": "Quantize only layers that match (repeatable): q_proj, 'mlp.*', '*.layers.0.*'.",
+    "skip": "Leave layers that match as they are (repeatable).",
+    "propagate": f"What later layers are calibrated on: {', '.join(PROPAGATE)} outputs.",
+    "sequential": "Inside a block, calibrate later layers on the earlier ones already quantized.",
+    "device": "auto, cpu, cuda, cuda:1, mps.",
+    "batch_tokens": "Tokens per forward.",
+    "revision": "Of the hub id.",
+    "trust_remote_code": "Run Python code that comes with the model.",
+}
+
+_NOT_FLAGS = ("model", "rules")  # an argument; and only in the run file
+
+
+def with_settings(command: Callable) -> Callable:
+    """Gives a command every setting as a flag. The command's `settings` argument receives those that were given on the command line."""
+    own = [p for p in inspect.signature(command).parameters.values() if p.name != "settings"]
+
+    @functools.wraps(command)
+    def wrapper(**arguments: Any):
+        settings = {name: arguments.pop(name) for name in HELP}
+        given = {name: _converted(name, value) for name, value in settings.items() if value is not None and value != []}
+        return command(**arguments, settings=given)
+
+    hints = typing.get_type_hints(command, include_extras=True)
+    parameters = [p.replace(annotation=hints[p.name], kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+    wrapper.__signature__ = inspect.Signature([*parameters, *map(_parameter, HELP)])
+    wrapper.__annotations__ = {p.name: p.annotation for p in wrapper.__signature__.parameters.values()}
+    return wrapper
+
+
+def _parameter(name: str) -> inspect.Parameter:
+    section, key = FLAT[name]
+    default = RunSpec()
+    value = getattr(getattr(default, section) if section else default, key)
+    flag = "--" + name.replace("_", "-")
+    kind, shown = type(value), value
+    if name == "group_size":
+        kind = str
+    elif isinstance(value, tuple):
+        kind, shown = list[str], None
+    elif value is None:
+        kind = float if name == "magr_alpha" else str
+    if kind is bool:
+        flag = f"{flag}/--no-{flag.removeprefix('--')}"
+    option = typer.Option(flag, help=HELP[name], show_default=False if shown is None else str(shown), rich_help_panel=_PANELS[section])
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option])
+
+
+_PANELS = {"quant": "Quantization", "lora": "Factors", "calib": "Calibration", "": "Run"}
+
+
+def _converted(name: str, value: Any) -> Any:
+    if name == "group_size":
+        if value in ("channel", "-1"):
+            return None
+        if not value.isdigit():
+            raise SpecError(f"--group-size is {value!r}; allowed: 32, 64, 128, channel")
+        return int(value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def resolve(model: str | None, config: Path | None, settings: dict[str, Any]) -> RunSpec:
+    """The run's spec: from the run file if there is one, then the flags that were given."""
+    base = read_run_file(config) if config else RunSpec()
+    return run_spec(base, **({"model": model} if model else {}), **settings)
+
+
+def read_run_file(path: Path) -> RunSpec:
+    """The settings in a run.yaml. Raises `SpecError` with the file's name for anything that is not one."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text("utf8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SpecError(f"{path} cannot be read as a run file ({str(error).splitlines()[0]})") from error
+    if not isinstance(values, dict) or not isinstance(values.get("settings"), dict):
+        raise SpecError(f"{path} is not a run file: it needs a mapping `settings`, as in the run.yaml that cloq quantize writes")
+    try:
+        return RunSpec.from_dict(values["settings"])
+    except SpecError as error:
+        raise SpecError(f"{path}: {error}") from error
+
+
+def default_out(spec: RunSpec) -> Path:
+    """`./<model>-<bits>bit-cloq`, where no folder was named."""
+    return Path(f"{Path(spec.model).name.lower()}-{spec.quant.bits}bit-{spec.lora.init}")
+
+
+__all__ = ["HELP", "default_out", "read_run_file", "resolve", "with_settings"]
