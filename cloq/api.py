@@ -1,4 +1,11 @@
-"""The main job as one function: from a model's name to a folder with a packed base, an adapter and a report."""
+"""The main jobs as functions: from a model's name to a folder with a packed base, an adapter and a report.
+
+    OUT/model/     the packed base, an ordinary Hugging Face folder
+    OUT/adapter/   the factors, an ordinary PEFT folder
+    OUT/run.yaml   every setting and version; `cloq quantize --config OUT/run.yaml` repeats the run
+    OUT/report.json, report.html, layers.csv, README.md
+    OUT/.cloq/     finished blocks, from which any export is made
+"""
 
 from __future__ import annotations
 
@@ -6,28 +13,32 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cloq.errors import SpecError
+from cloq import __version__
+from cloq.errors import RunError, SpecError
 from cloq.specs import RunSpec, run_spec
-from cloq.types import LayerMetrics
+
+if TYPE_CHECKING:
+    from cloq.calibration import CalibrationTokens
+    from cloq.models import Decoder
+    from cloq.store import LayerSummary
 
 Emit = Callable[[str, dict[str, Any]], None]
+RUN_FILE = "run.yaml"
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run. layers: metrics by full layer name. seconds: of this call. phases: seconds by phase."""
+    """A finished run. layers: layout and metrics by full layer name. seconds: of this call. phases: seconds by phase.
+    base: the folder of the quantized base, `out/model` or the one that was given."""
 
     out: Path
     spec: RunSpec
-    layers: dict[str, LayerMetrics]
+    layers: dict[str, LayerSummary]
     seconds: float
     phases: dict[str, float]
-
-    @property
-    def model(self) -> Path:
-        return self.out / "model"
+    base: Path
 
     @property
     def adapter(self) -> Path:
@@ -46,34 +57,106 @@ def quantize(model: str, *, out: str | Path, restart: bool = False, emit: Emit |
 def run(spec: RunSpec, out: str | Path, *, restart: bool = False, emit: Emit | None = None, form: str | None = None) -> RunResult:
     """Executes or continues a run. form: of the base in `out/model`; by default `gptq`, or `nf4` after that quantizer."""
     from cloq import pipeline
-    from cloq.calibration import draw_sequences, documents
     from cloq.export import FORMATS, write_adapter, write_model
-    from cloq.models import Decoder, load_tokenizer, locate
+    from cloq.export.read import QuantizedFolder
+    from cloq.models import locate
     from cloq.store import Store
 
-    emit = emit or (lambda event, values: None)
     phases: dict[str, float] = {}
 
     def tee(event: str, values: dict[str, Any]) -> None:
         if event == "phase":
             phases[values["phase"]] = phases.get(values["phase"], 0.0) + values["seconds"]
-        emit(event, values)
+        if emit is not None:
+            emit(event, values)
 
     started = time.perf_counter()
     form = form or ("nf4" if spec.quant.quantizer == "nf4" else "gptq")
     if form not in FORMATS:
         raise SpecError(f"unknown format {form!r}; allowed: {', '.join(FORMATS)}")
-    folder = locate(spec.model, spec.revision)
-    decoder = Decoder(folder, pipeline.resolve_device(spec.device), trust_remote_code=spec.trust_remote_code)
-    tokenizer = load_tokenizer(folder, spec.trust_remote_code)
-    tokens = draw_sequences(documents(spec.calib.source), tokenizer, spec.calib)
+    decoder = open_decoder(spec)
+    given = QuantizedFolder(locate(spec.quantized)) if spec.quantized else None
     store = Store(out)
+    store.refuse_foreign()
+    tokens = draw_tokens(spec, decoder)
     with store.lock():
-        pipeline.quantize_blocks(spec, decoder, tokens, store, tee, restart)
+        pipeline.quantize_blocks(spec, decoder, tokens, store, tee, restart=restart, given=given)
+        base = given.folder.resolve() if given else (store.out / "model").resolve()
         exporting = time.perf_counter()
-        write_model(decoder, store, FORMATS[form](), store.out / "model")
-        names = [name for index in range(len(decoder.blocks)) for name in decoder.linears(index)]
-        write_adapter(store, str((store.out / "model").resolve()), names, store.out / "adapter")
+        if given is None:
+            write_model(decoder, store, FORMATS[form](), store.out / "model")
+        write_adapter(store, str(base), decoder.all_linears(), store.out / "adapter")
+        write_run_file(spec, store.out)
         tee("phase", {"phase": "export", "seconds": time.perf_counter() - exporting})
-    layers = {name: summary.metrics for name, summary in store.summaries().items()}
-    return RunResult(store.out, spec, layers, time.perf_counter() - started, phases)
+        result = RunResult(store.out, spec, store.summaries(), time.perf_counter() - started, phases, base)
+        _write_report(result)
+    return result
+
+
+def open_decoder(spec: RunSpec) -> Decoder:
+    """The model that a run starts from, without any weight read."""
+    from cloq.models import Decoder, locate
+    from cloq.pipeline import resolve_device
+
+    device = resolve_device(spec.device)  # before the model: a missing GPU should be said at once
+    return Decoder(locate(spec.model, spec.revision), device, trust_remote_code=spec.trust_remote_code)
+
+
+def draw_tokens(spec: RunSpec, decoder: Decoder) -> CalibrationTokens:
+    """The run's calibration and held-out tokens."""
+    from cloq.calibration import calibration_tokens
+    from cloq.models import load_tokenizer, sample_text
+
+    def sample(sequences: int, seq_len: int, seed: int):
+        return sample_text(decoder.folder, sequences, seq_len, seed, str(decoder.device))
+
+    tokenizer = load_tokenizer(decoder.folder, spec.trust_remote_code)
+    return calibration_tokens(spec.calib, tokenizer, sample_text=sample, max_positions=decoder.max_positions)
+
+
+def export(out: str | Path, form: str, target: str | Path | None = None) -> Path:
+    """Writes the base of a finished run in another format, by default into `out/model-FORMAT`. Raises `ExportError` if it cannot hold it."""
+    from cloq.export import FORMATS, write_model
+    from cloq.store import Store
+
+    if form not in FORMATS:
+        raise SpecError(f"unknown format {form!r}; allowed: {', '.join(FORMATS)}")
+    store = Store(out)
+    store.manifest()
+    spec = read_run_file(store.out / RUN_FILE)
+    return write_model(open_decoder(spec.replace(device="cpu")), store, FORMATS[form](), Path(target or store.out / f"model-{form}"))
+
+
+def write_run_file(spec: RunSpec, out: Path) -> None:
+    """Everything that repeats the run: settings (local paths made absolute), seed among them, and the versions it ran with."""
+    import yaml
+
+    from cloq.pipeline import versions
+    from cloq.store import write_atomically, writing
+
+    absolute = {key: str(Path(value).resolve()) for key in ("model", "quantized") if (value := getattr(spec, key)) and Path(value).exists()}
+    content = {"cloq": __version__, "settings": spec.replace(**absolute).to_dict(), "versions": versions()}
+    with writing(out):
+        write_atomically(out / RUN_FILE, yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode())
+
+
+def read_run_file(path: Path) -> RunSpec:
+    """The settings in a run.yaml. Raises `RunError` if there is none, `SpecError` with the file's name for anything that is not one."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text("utf8"))
+    except FileNotFoundError as error:
+        raise RunError(f"{path} does not exist; a finished run has one (cloq quantize writes it)") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SpecError(f"{path} cannot be read as a run file ({str(error).splitlines()[0]})") from error
+    if not isinstance(values, dict) or not isinstance(values.get("settings"), dict):
+        raise SpecError(f"{path} is not a run file: it needs a mapping `settings`, as in the run.yaml that cloq quantize writes")
+    try:
+        return RunSpec.from_dict(values["settings"])
+    except SpecError as error:
+        raise SpecError(f"{path}: {error}") from error
+
+
+def _write_report(result: RunResult) -> None:
+    """Filled in by the report."""

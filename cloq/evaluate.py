@@ -55,13 +55,19 @@ def perplexity(
         decoder.drop_block(index)
         if progress is not None:
             progress(index + 1, len(decoder.blocks))
+    losses = sequence_losses(decoder, batches, tokens)
+    stderr = float(losses.std() / math.sqrt(len(losses))) if len(losses) > 1 else float("nan")
+    return Perplexity(math.exp(float(losses.mean())), tokens.numel() - len(tokens), stderr, f"chunks-{tokens.shape[1]}")
+
+
+@torch.no_grad()
+def sequence_losses(decoder: Decoder, batches: list[Batch], tokens: Tensor) -> Tensor:
+    """Mean negative log-likelihood of each sequence in nats, `(sequences,)` float64, from the last block's outputs. One sequence of
+    logits is held at a time."""
     losses = []
     with decoder.outer():
-        rows = tokens.split(batches[0].hidden.shape[0])
-        for batch, ids in zip(batches, rows, strict=True):
-            for hidden, one in zip(batch.hidden.split(1), ids.split(1), strict=True):  # one sequence of logits at a time
+        for batch, ids in zip(batches, tokens.split(batches[0].hidden.shape[0]), strict=True):
+            for hidden, one in zip(batch.hidden.split(1), ids.split(1), strict=True):
                 logits = decoder.leave(hidden, one)[0, :-1].float()
                 losses.append(nn.functional.cross_entropy(logits, one[0, 1:].to(logits.device)).double().cpu())
-    mean = torch.stack(losses)
-    stderr = float(mean.std() / math.sqrt(len(mean))) if len(mean) > 1 else float("nan")
-    return Perplexity(math.exp(float(mean.mean())), tokens.numel() - len(tokens), stderr, f"chunks-{tokens.shape[1]}")
+    return torch.stack(losses)

@@ -15,7 +15,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,9 @@ from cloq import __version__, initializers, linalg, quantizers
 from cloq.calibration import CalibrationTokens, gram_matrices, shared_inputs
 from cloq.errors import ModelError, SpecError
 from cloq.models import Batch, Decoder, set_weight
-from cloq.specs import LayerSpec, RunSpec, layer_spec, matches
+from cloq.specs import LayerSpec, LoraSpec, RunSpec, layer_spec, matches
 from cloq.store import Store
-from cloq.types import LayerMetrics, LayerResult, LayerStats, LoraFactors
+from cloq.types import AnyQuantizedWeight, LayerMetrics, LayerResult, LayerStats, LoraFactors
 
 Emit = Callable[[str, dict[str, Any]], None]
 """Receives what happens, as a name and plain values: `start`, `replay`, `layer`, `block`, `phase`, `done`."""
@@ -37,13 +37,27 @@ EXECUTION_ONLY = ("device", "batch_tokens")
 SPECTRUM_POINTS = 32
 
 
-def quantize_blocks(spec: RunSpec, decoder: Decoder, tokens: CalibrationTokens, store: Store, emit: Emit, restart: bool = False) -> None:
-    """Runs the loop until every block is stored. `store` must be locked by the caller.
+class GivenBase(Protocol):
+    """A base that someone else quantized: its layers by full name, each read exactly as the file decodes."""
+
+    names: frozenset[str]
+
+    def weight(self, name: str) -> AnyQuantizedWeight: ...
+
+    def fingerprint(self) -> str: ...
+
+
+def quantize_blocks(
+    spec: RunSpec, decoder: Decoder, tokens: CalibrationTokens, store: Store, emit: Emit, *, restart: bool = False, given: GivenBase | None = None
+) -> None:  # fmt: skip
+    """Runs the loop until every block is stored. `store` must be locked by the caller. given: take these codes instead of quantizing.
 
     Raises `ModelError` for weights that cannot be quantized, `SpecError` for patterns that name nothing, `RunError` for the folder.
     """
     layers = plan_layers(spec, decoder)
-    done = store.begin(manifest(spec, decoder, tokens), restart)
+    if given is not None:
+        layers = {name: layer.replace(dense=layer.dense or name not in given.names) for name, layer in layers.items()}
+    done = store.begin(manifest(spec, decoder, tokens, given), restart)
     clock = _Clock(emit)
     total = len(decoder.blocks)
     emit("start", {"blocks": total, "finished": done, "layers": sum(not s.dense for s in layers.values())})
@@ -56,10 +70,10 @@ def quantize_blocks(spec: RunSpec, decoder: Decoder, tokens: CalibrationTokens, 
             block = decoder.load_block(index)
         linears = decoder.linears(index)
         if index < done:
-            _apply(store.read(index), linears, spec.propagate)
+            apply_results(store.read(index), linears, spec.propagate)
             emit("replay", {"block": index, "blocks": total})
         else:
-            results = _solve_block(spec, decoder, index, linears, layers, calibration, heldout, clock, emit)
+            results = _solve_block(spec, decoder, index, linears, layers, calibration, heldout, clock, emit, given)
             with clock("store"):
                 store.write(index, results)
         if index + 1 < total:
@@ -73,7 +87,7 @@ def quantize_blocks(spec: RunSpec, decoder: Decoder, tokens: CalibrationTokens, 
 
 def _solve_block(
     spec: RunSpec, decoder: Decoder, index: int, linears: dict[str, nn.Module], layers: dict[str, LayerSpec],
-    calibration: list[Batch], heldout: list[Batch], clock: _Clock, emit: Emit,
+    calibration: list[Batch], heldout: list[Batch], clock: _Clock, emit: Emit, given: GivenBase | None,
 ) -> dict[str, LayerResult]:  # fmt: skip
     wanted = {name for name in linears if not layers[name].dense}
     groups = shared_inputs(lambda: decoder.run_block(index, calibration[0]), linears)
@@ -89,19 +103,22 @@ def _solve_block(
         for group in together:
             for name in group:
                 weight = decoder.weight(name, linears[name])
+                base = given.weight(name) if given else None
                 with clock("solve"):
-                    result = solve_layer(weight, stats[group[0]], unseen.get(group[0]), layers[name], spec)
+                    result = solve_layer(weight, stats[group[0]], unseen.get(group[0]), layers[name], spec.lora, base)
                 results[name] = result
                 emit("layer", {"block": index, "name": name, **dataclasses.asdict(result.metrics)})
             with clock("apply"):
-                _apply({name: results[name] for name in group}, linears, spec.propagate)
+                apply_results({name: results[name] for name in group}, linears, spec.propagate)
     return {name: results[name] for name in linears if name in results}
 
 
-def solve_layer(weight: Tensor, stats: LayerStats, unseen: LayerStats | None, layer: LayerSpec, spec: RunSpec) -> LayerResult:
+def solve_layer(
+    weight: Tensor, stats: LayerStats, unseen: LayerStats | None, layer: LayerSpec, lora: LoraSpec, given: AnyQuantizedWeight | None = None
+) -> LayerResult:  # fmt: skip
     """Quantizes one layer, fits its factors, and measures both. Pure: tensors in, a value out.
 
-    weight: `(out, in)` float32. stats, unseen: of the calibration and the held-out tokens.
+    weight: `(out, in)` float32. stats, unseen: of the calibration and the held-out tokens. given: the quantized weight, where it is fixed.
     """
     started = time.perf_counter()
     notes = []
@@ -115,8 +132,8 @@ def solve_layer(weight: Tensor, stats: LayerStats, unseen: LayerStats | None, la
         notes.append("no calibration token reached this layer: quantized without statistics, factors fitted to the plain weight error")
         stats = LayerStats(torch.eye(weight.shape[1], device=weight.device), 0)
     quantizer = quantizers.from_spec(layer.quant)
-    initializer = initializers.from_spec(spec.lora)
-    quantized, factors = initializer.initialize(weight, stats, lambda w: quantizer.quantize(w, stats), rank)
+    initializer = initializers.from_spec(lora)
+    quantized, factors = initializer.initialize(weight, stats, lambda w: given or quantizer.quantize(w, stats), rank)
     if quantized.damping > layer.quant.damping:
         notes.append(f"Cholesky failed with damping {layer.quant.damping:g}; raised to {quantized.damping:g}")
     seconds = time.perf_counter() - started
@@ -161,7 +178,8 @@ def _advance(decoder: Decoder, index: int, batch: Batch) -> Batch:
     return Batch(decoder.run_block(index, batch), batch.calls)
 
 
-def _apply(results: dict[str, LayerResult], linears: dict[str, nn.Module], propagate: str) -> None:
+def apply_results(results: dict[str, LayerResult], linears: dict[str, nn.Module], propagate: str) -> None:
+    """Puts finished layers into a block: `Q + BA` (`adapter`), `Q` (`quantized`), or nothing (`dense`)."""
     if propagate == "dense":
         return
     for name, result in results.items():
@@ -192,23 +210,25 @@ def plan_layers(spec: RunSpec, decoder: Decoder) -> dict[str, LayerSpec]:
     return layers
 
 
-def manifest(spec: RunSpec, decoder: Decoder, tokens: CalibrationTokens) -> dict[str, Any]:
+def manifest(spec: RunSpec, decoder: Decoder, tokens: CalibrationTokens, given: GivenBase | None = None) -> dict[str, Any]:
     """Everything that the stored bytes depend on, as JSON: a run may only be continued where all of it is the same."""
-    settings = {key: value for key, value in spec.to_dict().items() if key not in EXECUTION_ONLY and key != "model"}
+    settings = {key: value for key, value in spec.to_dict().items() if key not in (*EXECUTION_ONLY, "model", "quantized")}
     config = json.dumps(decoder.config.to_dict(), sort_keys=True, default=str)
     return {
         "settings": settings,
         "model": {"files": decoder.checkpoint.fingerprint(), "config": hashlib.sha256(config.encode()).hexdigest()},
+        "given base": given.fingerprint() if given else None,
         "calibration tokens": tokens.fingerprint(),
-        "versions": {"cloq": __version__, "torch": torch.__version__, "transformers": _version("transformers")},
+        "versions": versions(),
         "blocks": len(decoder.blocks),
     }
 
 
-def _version(library: str) -> str:
+def versions() -> dict[str, str]:
+    """Of everything that decides the bytes of a result."""
     from importlib.metadata import version
 
-    return version(library)
+    return {"cloq": __version__, "torch": torch.__version__, "transformers": version("transformers"), "tokenizers": version("tokenizers")}
 
 
 class _Clock:

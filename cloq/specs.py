@@ -180,6 +180,7 @@ class RunSpec(Spec):
     """One whole run.
 
     model: hub id or folder; revision: of the hub id. only / skip: patterns of modules to take or to leave dense. rules: exceptions.
+    quantized: folder of a base that someone else quantized; its codes are taken as they are and only the factors are found (`cloq init`).
     propagate: what later layers are calibrated on: the outputs of `Q + BA` (`adapter`), of `Q` (`quantized`) or of the original (`dense`).
     sequential: inside a block, later layers see the earlier ones already quantized; otherwise one forward serves the whole block.
     device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`. batch_tokens: tokens per forward.
@@ -188,6 +189,7 @@ class RunSpec(Spec):
 
     model: str = DEFAULT_MODEL
     revision: str | None = None
+    quantized: str | None = None
     quant: QuantSpec = field(default_factory=QuantSpec)
     lora: LoraSpec = field(default_factory=LoraSpec)
     calib: CalibSpec = field(default_factory=CalibSpec)
@@ -203,6 +205,10 @@ class RunSpec(Spec):
     def __post_init__(self):
         _one_of("propagate", self.propagate, PROPAGATE)
         _require(bool(self.model), "the model is empty; name a hub id or a folder")
+        _require(
+            self.quantized is None or self.lora.init not in ("loftq", "pissa"),
+            f"init {self.lora.init!r} changes the quantized weight and cannot be fitted to a given base; use cloq, eora, qera, svd or zero",
+        )
         _require(self.batch_tokens >= 1, f"batch_tokens is {self.batch_tokens}; it must be at least 1")
 
 
@@ -228,7 +234,7 @@ def layer_spec(run: RunSpec, name: str) -> LayerSpec:
 
 
 FLAT = {
-    **{name: ("", name) for name in ("model", "revision", "propagate", "sequential", "device", "batch_tokens", "trust_remote_code")},
+    **{name: ("", name) for name in ("model", "revision", "quantized", "propagate", "sequential", "device", "batch_tokens", "trust_remote_code")},
     **{name: ("", name) for name in ("only", "skip", "rules")},
     **{f.name: ("quant", f.name) for f in dataclasses.fields(QuantSpec)},
     **{name: ("lora", name) for name in ("init", "rank", "split")},

@@ -53,7 +53,7 @@ class Store:
         Raises `RunError` if the folder holds something that cloq did not write, a run with other settings (the differences are spelled
         out; `restart` discards that run instead), or cannot be written.
         """
-        self._refuse_foreign()
+        self.refuse_foreign()
         if restart and self.folder.exists():
             shutil.rmtree(self.folder)
         path = self.folder / "manifest.json"
@@ -70,7 +70,8 @@ class Store:
                 write_atomically(path, json.dumps(manifest, indent=1, sort_keys=True).encode())
         return self.finished()
 
-    def _refuse_foreign(self) -> None:
+    def refuse_foreign(self) -> None:
+        """Raises `RunError` if the folder is a file or holds something that cloq did not write."""
         if self.out.exists() and not self.out.is_dir():
             raise RunError(f"{self.out} is a file; --out names a folder")
         if self.out.is_dir() and not self.folder.exists():

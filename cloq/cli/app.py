@@ -21,10 +21,12 @@ app = typer.Typer(
 
 Model = Annotated[Optional[str], typer.Argument(help="Hub id or folder. Default: the embedded SmolLM2-135M-Instruct.", show_default=False)]
 Config = Annotated[Optional[Path], typer.Option("--config", help="A run.yaml to start from; flags win over it.", show_default=False)]
-Out = Annotated[Optional[Path], typer.Option("--out", "-o", help="Folder of the run.", show_default="./MODEL-Nbit-cloq")]
+Out = Annotated[Optional[Path], typer.Option("--out", "-o", help="Folder of the run.", show_default="./MODEL-Nbit-INIT")]
+Restart = Annotated[bool, typer.Option("--restart", help="Discard what is in the folder of the run and start over.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object per line on standard output instead of the progress bar.")]
+Json = Annotated[bool, typer.Option("--json", help="JSON on standard output instead of a progress bar and tables.")]
 Run = Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a finished run.")]
+Text = Annotated[str, typer.Option("--text", help="Evaluation text: a file, or any source that --calib takes.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -40,18 +42,123 @@ def quantize(
     model: Model = None,
     out: Out = None,
     config: Config = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Discard what is in the folder of the run and start over.")] = False,
+    restart: Restart = False,
     format: Annotated[Optional[str], typer.Option("--format", help="Of the base in OUT/model.", show_default="gptq")] = None,
     quiet: Quiet = False,
     json: Json = False,
     settings: dict[str, Any] = {},  # noqa: B006 - never mutated; filled by with_settings
 ) -> None:
-    """Quantize a model, fit its factors, and write OUT/model, OUT/adapter and a report. A killed run continues with the same command."""
+    """Quantize a model, fit its factors, and write base, adapter and report into OUT. A killed run continues with the same command."""
+    spec = resolve(model, config, settings)
+    _run(spec, out or default_out(spec), restart, format, quiet, json)
+
+
+@app.command()
+@with_settings
+def init(
+    dense: Annotated[str, typer.Option("--dense", help="The original 16-bit model: hub id or folder.", show_default=False)],
+    quantized: Annotated[str, typer.Option("--quantized", help="A base that someone else quantized: GPTQ, NF4 or compressed-tensors.", show_default=False)],
+    out: Out = None,
+    restart: Restart = False,
+    quiet: Quiet = False,
+    json: Json = False,
+    settings: dict[str, Any] = {},  # noqa: B006
+) -> None:
+    """Fit factors to a base that someone else quantized, read exactly as it decodes. Writes OUT/adapter; the base is left alone."""
+    spec = resolve(dense, None, settings | {"quantized": quantized})
+    _run(spec, out or Path(f"{Path(quantized).name.lower()}-{spec.lora.init}"), restart, None, quiet, json)
+
+
+def _run(spec, out: Path, restart: bool, format: str | None, quiet: bool, json: bool) -> None:
     from cloq.api import run
     from cloq.cli.progress import progress
+    from cloq.models import quiet_libraries
+    from cloq.report import summary_lines
 
-    spec = resolve(model, config, settings)
+    quiet_libraries()
     with progress("json" if json else "quiet" if quiet else "bar") as emit:
-        result = run(spec, out or default_out(spec), restart=restart, emit=emit, form=format)
+        result = run(spec, out, restart=restart, emit=emit, form=format)
+        emit("done", {"out": str(result.out), "base": str(result.base), "adapter": str(result.adapter), "seconds": result.seconds})
     if not quiet and not json:
-        print(f"{result.seconds:.0f} s; base {result.model}, adapter {result.adapter}")
+        print("\n".join(summary_lines(result.report)))
+
+
+@app.command()
+@with_settings
+def plan(model: Model = None, config: Config = None, json: Json = False, settings: dict[str, Any] = {}) -> None:  # noqa: B006
+    """Print the work, time, memory and disk that a run will take, before anything starts."""
+    from cloq.api import open_decoder
+    from cloq.models import quiet_libraries
+    from cloq.plan import plan as make_plan
+
+    quiet_libraries()
+    spec = resolve(model, config, settings)
+    made = make_plan(spec, open_decoder(spec))
+    _print(made.to_dict(), made.lines(), json)
+
+
+@app.command()
+def export(
+    out: Run,
+    format: Annotated[str, typer.Option("--format", help="gptq, dense, nf4, compressed-tensors, container.")],
+    target: Annotated[Optional[Path], typer.Option("--to", help="Folder to write.", show_default="OUT/model-FORMAT")] = None,
+) -> None:
+    """Write the base of a finished run in another format."""
+    from cloq.api import export as write
+    from cloq.models import quiet_libraries
+
+    quiet_libraries()
+    print(f"wrote {write(out, format, target)}")
+
+
+@app.command()
+def check(out: Run, json: Json = False) -> None:
+    """Check that base and adapter are complete, belong together and decode to what was fitted. Exit code 1 if they don't."""
+    from cloq.check import check as findings_of
+    from cloq.models import quiet_libraries
+
+    quiet_libraries()
+    findings = findings_of(out)
+    _print([{"ok": f.ok, "what": f.what} for f in findings], [f"{'ok  ' if f.ok else 'FAIL'}  {f.what}" for f in findings], json)
+    raise typer.Exit(0 if all(f.ok for f in findings) else 1)
+
+
+@app.command()
+def eval(
+    out: Run,
+    text: Text = "Salesforce/wikitext:wikitext-2-raw-v1:test",
+    seq_len: Annotated[int, typer.Option("--seq-len", help="Tokens per sequence; part of the protocol's name.")] = 2048,
+    samples: Annotated[Optional[int], typer.Option("--samples", help="Only the first sequences.", show_default="all")] = None,
+    dense: Annotated[bool, typer.Option("--dense/--no-dense", help="Also the 16-bit model that the run started from.")] = True,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    json: Json = False,
+) -> None:
+    """Perplexity of the 16-bit model, the quantized base alone and the base with its adapter, as their files decode. Added to the report."""
+    from cloq.api import evaluate
+    from cloq.cli.progress import counting
+    from cloq.models import quiet_libraries
+    from cloq.report import quality_lines
+
+    quiet_libraries()
+    with counting("evaluating", quiet=json) as count:
+        found = evaluate(out, text=text, seq_len=seq_len, samples=samples, dense=dense, device=device, progress=count)
+    _print([q.to_dict() for q in found], quality_lines(found), json)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run.")] = Path("out-demo"),
+    restart: Restart = False,
+) -> None:
+    """Quantize the embedded default model to 2 bits, evaluate it and generate a sentence, all within minutes on two cores."""
+    from cloq.cli.demo import run_demo
+    from cloq.models import quiet_libraries
+
+    quiet_libraries()
+    run_demo(out, restart)
+
+
+def _print(values: Any, lines: list[str], as_json: bool) -> None:
+    import json
+
+    print(json.dumps(values, indent=1) if as_json else "\n".join(lines))

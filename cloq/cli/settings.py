@@ -45,8 +45,6 @@ HELP = {
     "trust_remote_code": "Run Python code that comes with the model.",
 }
 
-_NOT_FLAGS = ("model", "rules")  # an argument; and only in the run file
-
 
 def with_settings(command: Callable) -> Callable:
     """Gives a command every setting as a flag. The command's `settings` argument receives those that were given on the command line."""
@@ -98,24 +96,10 @@ def _converted(name: str, value: Any) -> Any:
 
 def resolve(model: str | None, config: Path | None, settings: dict[str, Any]) -> RunSpec:
     """The run's spec: from the run file if there is one, then the flags that were given."""
+    from cloq.api import read_run_file
+
     base = read_run_file(config) if config else RunSpec()
     return run_spec(base, **({"model": model} if model else {}), **settings)
-
-
-def read_run_file(path: Path) -> RunSpec:
-    """The settings in a run.yaml. Raises `SpecError` with the file's name for anything that is not one."""
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text("utf8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SpecError(f"{path} cannot be read as a run file ({str(error).splitlines()[0]})") from error
-    if not isinstance(values, dict) or not isinstance(values.get("settings"), dict):
-        raise SpecError(f"{path} is not a run file: it needs a mapping `settings`, as in the run.yaml that cloq quantize writes")
-    try:
-        return RunSpec.from_dict(values["settings"])
-    except SpecError as error:
-        raise SpecError(f"{path}: {error}") from error
 
 
 def default_out(spec: RunSpec) -> Path:
@@ -123,4 +107,4 @@ def default_out(spec: RunSpec) -> Path:
     return Path(f"{Path(spec.model).name.lower()}-{spec.quant.bits}bit-{spec.lora.init}")
 
 
-__all__ = ["HELP", "default_out", "read_run_file", "resolve", "with_settings"]
+__all__ = ["HELP", "default_out", "resolve", "with_settings"]
