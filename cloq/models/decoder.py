@@ -109,7 +109,7 @@ class Decoder:
         for name, parameter in list(module.named_parameters(prefix=prefix, recurse=recurse)):
             if parameter.device.type != "meta":
                 continue
-            if name not in self.source_names and name in self._tied():
+            if name not in self.source_names and name in self.tied_names():
                 continue
             owner, leaf = _owner(module, name.removeprefix(prefix + "."))
             value = self.read(name)
@@ -122,7 +122,7 @@ class Decoder:
                 buffer = self.checkpoint.read(self.source_names[name]).to(buffer.dtype)
             owner._buffers[leaf] = buffer.to(self.device)
 
-    def _tied(self) -> dict[str, str]:
+    def tied_names(self) -> dict[str, str]:
         return getattr(self.model, "all_tied_weights_keys", None) or {}
 
     # -- the way in, through, and out ----------------------------------------------------------------------------------
