@@ -20,11 +20,15 @@ from cloq.errors import RunError, SpecError
 from cloq.specs import RunSpec, run_spec
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from cloq.calibration import CalibrationTokens
+    from cloq.evaluate import Quality
     from cloq.models import Decoder
     from cloq.store import LayerSummary
 
 Emit = Callable[[str, dict[str, Any]], None]
+Progress = Callable[[str, int, int], None]
 RUN_FILE = "run.yaml"
 
 
@@ -112,6 +116,65 @@ def draw_tokens(spec: RunSpec, decoder: Decoder) -> CalibrationTokens:
 
     tokenizer = load_tokenizer(decoder.folder, spec.trust_remote_code)
     return calibration_tokens(spec.calib, tokenizer, sample_text=sample, max_positions=decoder.max_positions)
+
+
+def evaluate(
+    out: str | Path, *, text: str, seq_len: int = 2048, samples: int | None = None, dense: bool = True, device: str = "auto",
+    progress: Progress | None = None,
+) -> list[Quality]:  # fmt: skip
+    """Perplexity of a finished run on a text (any calibration source, or a file), added to its report. See `evaluate_tokens`."""
+    from cloq.calibration import documents
+    from cloq.evaluate import evaluation_tokens
+    from cloq.models import load_tokenizer
+
+    folder = _base_folder(Path(out))
+    tokens = evaluation_tokens("\n\n".join(documents(text)), load_tokenizer(folder), seq_len, samples)
+    return evaluate_tokens(out, tokens, text, dense=dense, device=device, progress=progress)
+
+
+def evaluate_tokens(
+    out: str | Path, tokens: Tensor, text: str, *, dense: bool = True, device: str = "auto", progress: Progress | None = None
+) -> list[Quality]:  # fmt: skip
+    """Perplexities of the 16-bit model (where `dense`), the base alone, and the base with its adapter, on `tokens (sequences, length)`.
+
+    Base and adapter are read from the exported files as they decode, not from the store. text: what the report calls the tokens. The
+    16-bit model is the one in the run file.
+    """
+    from cloq.evaluate import Quality, perplexity
+    from cloq.export.peft import AdapterFolder
+    from cloq.export.read import QuantizedFolder
+    from cloq.models import Decoder, set_weight
+    from cloq.pipeline import resolve_device
+    from cloq.report import add_quality
+
+    out, device = Path(out), resolve_device(device)
+    spec = read_run_file(out / RUN_FILE)
+    folder = _base_folder(out)
+    base = QuantizedFolder(folder).decoder(device)
+    factors = AdapterFolder(out / "adapter")
+
+    def add_adapter(index: int, linears: dict) -> None:
+        for name, module in linears.items():
+            if name in factors.names:
+                set_weight(module, base.weight(name, module) + factors.read(name).delta().to(base.device))
+
+    models = [("base", base, None), ("base + adapter", base, add_adapter)]
+    if dense:
+        models.insert(0, ("16-bit", open_decoder(spec.replace(device=device)), None))
+    found = []
+    for name, decoder, set_weights in models:
+        count = (lambda done, total, name=name: progress(name, done, total)) if progress else None
+        measured = perplexity(decoder, tokens, set_weights=set_weights, progress=count)
+        found.append(Quality(name, measured.value, measured.tokens, measured.stderr, measured.protocol, text))
+    add_quality(out, found)
+    return found
+
+
+def _base_folder(out: Path) -> Path:
+    from cloq.models import locate
+
+    spec = read_run_file(out / RUN_FILE)
+    return locate(spec.quantized) if spec.quantized else out / "model"
 
 
 def export(out: str | Path, form: str, target: str | Path | None = None) -> Path:

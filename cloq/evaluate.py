@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,22 @@ class Perplexity:
     tokens: int
     stderr: float
     protocol: str
+
+
+@dataclass(frozen=True)
+class Quality:
+    """One model's perplexity on one text, as a report keeps it. model: `16-bit`, `base` or `base + adapter`. protocol and text say what
+    was measured; stderr is of the mean log-likelihood, in nats."""
+
+    model: str
+    perplexity: float
+    tokens: int
+    stderr: float
+    protocol: str
+    text: str
+
+    def to_dict(self) -> dict:
+        return asdict(self)
 
 
 def evaluation_tokens(text: str, tokenizer, seq_len: int, max_samples: int | None = None) -> Tensor:

@@ -70,3 +70,24 @@ class _TimeLeft:
             return ""
         mean = sum(self._seconds[-5:]) / len(self._seconds[-5:])
         return time.strftime("%-M:%S left", time.gmtime(remaining * mean)) if remaining * mean < 3600 else f"{remaining * mean / 3600:.1f} h left"
+
+
+@contextmanager
+def counting(what: str, quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for a few passes in turn: called with a pass's name, steps done and steps in all."""
+    if quiet:
+        yield lambda name, done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = [TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn()]
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, Any] = {}
+
+        def count(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(f"{what} {name}")
+            bars.update(tasks[name], completed=done, total=total)
+
+        yield count

@@ -1,0 +1,87 @@
+"""`cloq demo`: the whole job on the embedded default model, and what it was worth, in one table."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from cloq.specs import RunSpec, run_spec
+
+PROMPT = "The three largest cities of France are"
+NEW_TOKENS = 24
+
+
+def demo_spec() -> RunSpec:
+    """2 bits, group 64, rank 64, 48 sequences of 512 tokens of the bundled text: minutes on two cores."""
+    return run_spec(bits=2, calib="demo", calib_samples=48, seq_len=512, heldout=0.25)
+
+
+def run_demo(out: Path, restart: bool) -> None:
+    """Quantizes, evaluates on the held-out sequences, generates with plain transformers and PEFT, and prints one table."""
+    from rich.console import Console
+
+    from cloq.api import draw_tokens, evaluate_tokens, open_decoder, run
+    from cloq.cli.progress import counting, progress
+
+    console = Console()
+    spec = demo_spec()
+    with progress("bar") as emit:
+        result = run(spec, out, restart=restart, emit=emit)
+    heldout = draw_tokens(spec, open_decoder(spec)).heldout
+    with counting("evaluating") as count:
+        quality = evaluate_tokens(out, heldout, "held-out demo text", progress=count)
+    with console.status("generating with transformers + peft"):
+        sentences = generate_each(result, PROMPT)
+    console.print(_table(quality, sentences))
+    console.print(_repaired(quality, result))
+    console.print(f"base     {result.base}\nadapter  {result.adapter}\nreport   {(out / 'report.html').resolve()}")
+
+
+def generate_each(result, prompt: str) -> list[str]:
+    """Greedy continuations by the 16-bit model, the packed base, and the base with its adapter, through the libraries that users load with."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from cloq.load import load
+    from cloq.models import locate
+
+    # the packed kernels' compiled path needs a C++ compiler; a short demonstration does without
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    folder = locate(result.spec.model)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(prompt, return_tensors="pt")
+
+    def generate(model) -> str:
+        model.eval()
+        output = model.generate(**ids, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+        return tokenizer.decode(output[0, ids.input_ids.shape[1] :], skip_special_tokens=True)
+
+    sentences = [generate(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))]
+    model = load(result.out, dtype=torch.float32)
+    with model.disable_adapter():
+        sentences.append(generate(model))
+    return [*sentences, generate(model)]
+
+
+def _table(quality, sentences: list[str]):
+    from rich.table import Table
+
+    table = Table(title=f"perplexity on {quality[0].text} ({quality[0].protocol}), lower is better", title_justify="left")
+    table.add_column("model")
+    table.add_column("perplexity", justify="right")
+    table.add_column(f"“{PROMPT} …”", overflow="fold")
+    for row, sentence in zip(quality, sentences, strict=True):
+        table.add_row(row.model, f"{row.perplexity:,.1f}", " ".join(sentence.split()))
+    return table
+
+
+def _repaired(quality, result) -> str:
+    import math
+
+    dense, base, corrected = (math.log(q.perplexity) for q in quality)
+    metrics = [layer.metrics for layer in result.layers.values()]
+    before, after = (sum(getattr(m, key) for m in metrics) / len(metrics) for key in ("error_quantized", "error_corrected"))
+    return (
+        f"the adapters repaired {(base - corrected) / (base - dense):.0%} of the damage in log-perplexity; "
+        f"mean layer error {before:.4f} → {after:.4f}"
+    )
