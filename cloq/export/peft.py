@@ -9,13 +9,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from cloq.errors import ExportError
 from cloq.export.folder import replaced_when_complete
 from cloq.store import Store, write_atomically, writing
+from cloq.types import LoraFactors
 
 WEIGHTS = "adapter_model.safetensors"
+_PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 
 
 def write_adapter(store: Store, base: str, all_linears: list[str], target: Path) -> Path:
@@ -28,8 +32,8 @@ def write_adapter(store: Store, base: str, all_linears: list[str], target: Path)
     tensors: dict[str, Tensor] = {}
     for index in range(store.finished()):
         for name, result in store.read(index).items():
-            tensors[f"base_model.model.{name}.lora_A.weight"] = result.factors.A.contiguous()
-            tensors[f"base_model.model.{name}.lora_B.weight"] = result.factors.B.contiguous()
+            tensors[f"{_PREFIX}{name}{_A}"] = result.factors.A.contiguous()
+            tensors[f"{_PREFIX}{name}{_B}"] = result.factors.B.contiguous()
     with writing(target.parent), replaced_when_complete(target) as folder:
         lora_config(ranks, base, all_linears).save_pretrained(folder)
         _sort_sets(folder / "adapter_config.json")
@@ -73,3 +77,21 @@ def _targets(ranks: dict[str, int], all_linears: list[str]) -> set[str]:
     short = {name.rsplit(".", 1)[-1] for name in ranks}
     picked = {name for name in all_linears if name.rsplit(".", 1)[-1] in short}
     return short if picked == set(ranks) else set(ranks)
+
+
+class AdapterFolder:
+    """The factors in a PEFT folder, read layer by layer. names: full names of the layers that have them.
+
+    Raises `ExportError` if the folder holds no adapter.
+    """
+
+    def __init__(self, folder: Path):
+        if not (folder / WEIGHTS).is_file():
+            raise ExportError(f"{folder} has no {WEIGHTS}; is it the adapter of a finished run?")
+        self._file = safe_open(folder / WEIGHTS, framework="pt")
+        self.names = frozenset(key.removeprefix(_PREFIX).removesuffix(_A) for key in self._file.keys() if key.endswith(_A))
+
+    def read(self, name: str) -> LoraFactors:
+        """The factors of one layer, float32."""
+        A, B = (self._file.get_tensor(f"{_PREFIX}{name}{suffix}").float() for suffix in (_A, _B))
+        return LoraFactors(A, B)
