@@ -192,10 +192,8 @@ def plan_layers(spec: RunSpec, decoder: Decoder) -> dict[str, LayerSpec]:
     Raises `SpecError` if a pattern names no layer or nothing is left to quantize; `ModelError` for fused experts unless `only` or `skip`
     say that this is known.
     """
-    names, fused = [], []
-    for index in range(len(decoder.blocks)):
-        names += decoder.linears(index)
-        fused += decoder.fused_experts(index)
+    names = decoder.all_linears()
+    fused = [name for index in range(len(decoder.blocks)) for name in decoder.fused_experts(index)]
     if fused and not (spec.only or spec.skip):
         raise ModelError(
             f"{type(decoder.model).__name__} fuses its experts into parameters such as {fused[0]}, which cloq cannot quantize yet. "

@@ -52,8 +52,7 @@ def write_model(decoder: Decoder, store: Store, form: Format, target: Path) -> P
     if store.finished() < len(decoder.blocks):
         raise ExportError(f"{store.out} has {store.finished()} of {len(decoder.blocks)} blocks finished; run cloq quantize again to complete it")
     layouts = {name: summary.layout for name, summary in store.summaries().items()}
-    linears = [name for index in range(len(decoder.blocks)) for name in decoder.linears(index)]
-    dense = [name for name in linears if name not in layouts]
+    dense = [name for name in decoder.all_linears() if name not in layouts]
     form.check(layouts, dense)
     with writing(target.parent), replaced_when_complete(target) as folder:
         _write_shards(_all_tensors(decoder, store, form, set(layouts)), folder)

@@ -58,6 +58,10 @@ class Decoder:
         found = self.blocks[index].named_modules(prefix=self.block_name(index))
         return {name: module for name, module in found if is_linear(module)}
 
+    def all_linears(self) -> list[str]:
+        """Full names of every linear layer in every block, in order."""
+        return [name for index in range(len(self.blocks)) for name in self.linears(index)]
+
     def fused_experts(self, index: int) -> list[str]:
         """Names of weights with three dimensions: experts fused into one parameter, which hooks on modules do not see."""
         return [name for name, p in self.blocks[index].named_parameters(prefix=self.block_name(index)) if p.ndim > 2]
