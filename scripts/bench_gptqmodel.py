@@ -1,0 +1,104 @@
+"""cloq against GPTQModel's own quantization: same model, bits, group size and calibration tokens, each in a process of its own.
+
+    python scripts/bench_gptqmodel.py MODEL --calib train.txt --eval test.txt --bits 2
+
+Prints perplexity (all bases read by the same reader, exactly as they decode), wall seconds from start of process to written folder, and
+peak resident memory of the process. GPTQModel gets the very token sequences that cloq draws.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+
+def quantize_with_gptqmodel(args: argparse.Namespace, out: Path) -> None:
+    from gptqmodel import GPTQModel, QuantizeConfig
+
+    from cloq.calibration import calibration_tokens
+    from cloq.models import load_tokenizer
+    from cloq.specs import CalibSpec
+
+    spec = CalibSpec(args.calib, args.samples, args.seq_len)
+    tokens = calibration_tokens(spec, load_tokenizer(Path(args.model))).calibration
+    rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in tokens]
+    config = QuantizeConfig(bits=args.bits, group_size=args.group_size, sym=False, desc_act=False, format="gptq_v2")
+    model = GPTQModel.load(args.model, config)
+    model.quantize(rows, batch_size=1)
+    model.save(str(out))
+
+
+def quantize_with_cloq(args: argparse.Namespace, out: Path) -> None:
+    import cloq
+
+    search = args.child == "cloq"
+    cloq.quantize(
+        args.model, out=out, bits=args.bits, group_size=args.group_size, calib=args.calib, calib_samples=args.samples, seq_len=args.seq_len,
+        heldout=0.0, search=search,
+    )  # fmt: skip
+
+
+def in_child(name: str, out: Path) -> tuple[float, float]:
+    """Seconds and peak memory in MiB of one quantization in a fresh process."""
+    began = time.perf_counter()
+    environment = os.environ | {"GPTQMODEL_CPU_WORKERS": "2", "TORCHDYNAMO_DISABLE": "1"}
+    process = subprocess.Popen([sys.executable, __file__, *sys.argv[1:], "--child", name, "--out", str(out)], env=environment, stdout=sys.stderr)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{name} failed with status {status}")
+    return time.perf_counter() - began, usage.ru_maxrss / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--calib", required=True)
+    parser.add_argument("--eval", required=True)
+    parser.add_argument("--bits", type=int, default=2)
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--eval-samples", type=int, default=16)
+    parser.add_argument("--json", help="also write the rows here")
+    parser.add_argument("--child", choices=("gptqmodel", "cloq", "cloq-minmax"), help=argparse.SUPPRESS)
+    parser.add_argument("--out", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        (quantize_with_gptqmodel if args.child == "gptqmodel" else quantize_with_cloq)(args, Path(args.out))
+        return
+
+    from cloq.evaluate import evaluation_tokens, perplexity
+    from cloq.export.peft import AdapterFolder
+    from cloq.export.read import QuantizedFolder
+    from cloq.models import load_tokenizer, set_weight
+
+    tokens = evaluation_tokens(Path(args.eval).read_text("utf8"), load_tokenizer(Path(args.model)), 1024, args.eval_samples)
+    rows = []
+    with tempfile.TemporaryDirectory() as work:
+        for name in ("gptqmodel", "cloq-minmax", "cloq"):
+            out = Path(work) / name
+            seconds, peak = in_child(name, out)
+            decoder = QuantizedFolder(out if name == "gptqmodel" else out / "model").decoder("cpu")
+            row = {"tool": name, "base perplexity": perplexity(decoder, tokens).value, "seconds": seconds, "peak MiB": peak}
+            if name != "gptqmodel":
+                factors = AdapterFolder(out / "adapter")
+
+                def add(index: int, linears: dict, decoder=decoder, factors=factors) -> None:
+                    for layer, module in linears.items():
+                        set_weight(module, decoder.weight(layer, module) + factors.read(layer).delta())
+
+                row["with adapter"] = perplexity(decoder, tokens, set_weights=add).value
+            rows.append(row)
+            print(row, flush=True)
+    if args.json:
+        Path(args.json).write_text(json.dumps({"settings": vars(args), "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
