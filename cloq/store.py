@@ -68,6 +68,8 @@ class Store:
             with writing(self.out):
                 self.blocks.mkdir(parents=True, exist_ok=True)
                 write_atomically(path, json.dumps(manifest, indent=1, sort_keys=True).encode())
+        for leftover in self.blocks.glob(".*.tmp"):  # of a run that was killed while it wrote
+            leftover.unlink(missing_ok=True)
         return self.finished()
 
     def refuse_foreign(self) -> None:

@@ -1,0 +1,154 @@
+"""The store: what goes in comes out, nothing is half-written, and only a run with the same settings continues it."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from cloq.errors import RunError
+from cloq.quantizers import Gptq, Rtn
+from cloq.store import Store, differences, write_atomically
+from cloq.types import CodebookWeight, LayerMetrics, LayerResult, LayerStats, LoraFactors, layout
+
+METRICS = LayerMetrics(0.5, 0.25, 0.6, None, 128, 0.01, 1.5, 4, 2.3, (0.5, 0.25), ("a note",))
+MANIFEST = {"settings": {"quant": {"bits": 2}, "only": []}, "model": "abc"}
+
+
+def layer(weight, rank=4) -> LayerResult:
+    out, columns = weight.shape
+    return LayerResult(weight, LoraFactors(torch.randn(rank, columns), torch.randn(out, rank)), METRICS)
+
+
+def weights():
+    torch.manual_seed(0)
+    dense, x = torch.randn(48, 80), torch.randn(200, 80)
+    stats = LayerStats(x.T @ x, 200)
+    yield from (Rtn(bits, group).quantize(dense) for bits in (2, 3, 4, 8) for group in (32, 64, None))
+    yield Gptq(2, 32, act_order=True).quantize(dense, stats)
+    yield Gptq(3, None, symmetric=True).quantize(dense, stats)
+    yield CodebookWeight(torch.randint(0, 16, (48, 80), dtype=torch.uint8), torch.rand(60), torch.linspace(-1, 1, 16), 64)
+
+
+def test_a_block_comes_back_as_it_was(tmp_path):
+    store = Store(tmp_path / "out")
+    store.begin(MANIFEST)
+    before = {f"model.layers.0.part{i}": layer(w) for i, w in enumerate(weights())}
+    store.write(0, before)
+    after = store.read(0)
+    assert list(after) == list(before)
+    for name, result in before.items():
+        assert torch.equal(after[name].weight.dequantize(), result.weight.dequantize())
+        assert torch.equal(after[name].weight.codes, result.weight.codes)
+        assert torch.equal(after[name].factors.A, result.factors.A) and torch.equal(after[name].factors.B, result.factors.B)
+        assert after[name].metrics == result.metrics
+        assert store.summaries()[name].layout == layout(result.weight) == layout(after[name].weight)
+
+
+def test_equal_blocks_are_equal_bytes(tmp_path):
+    results = {f"part{i}": layer(w) for i, w in enumerate(weights())}
+    for folder in ("a", "b"):
+        store = Store(tmp_path / folder)
+        store.begin(MANIFEST)
+        store.write(0, results)
+    files = [(tmp_path / f / ".cloq/blocks/00000.safetensors").read_bytes() for f in ("a", "b")]
+    assert files[0] == files[1]
+
+
+def test_finished_counts_from_the_first_without_gaps(tmp_path):
+    store = Store(tmp_path)
+    store.begin(MANIFEST)
+    one = {"part": layer(Rtn(2, 32).quantize(torch.randn(32, 64)))}
+    for index in (0, 1, 3):
+        store.write(index, one)
+    assert store.finished() == 2
+
+
+def test_other_settings_are_refused_by_name_and_restart_discards(tmp_path):
+    store = Store(tmp_path)
+    store.begin(MANIFEST)
+    store.write(0, {"part": layer(Rtn(2, 32).quantize(torch.randn(32, 64)))})
+    changed = {"settings": {"quant": {"bits": 3}, "only": []}, "model": "abc"}
+    with pytest.raises(RunError, match=r"settings.quant.bits was 2, is 3.*--restart"):
+        store.begin(changed)
+    assert store.begin(MANIFEST) == 1
+    assert store.begin(changed, restart=True) == 0
+
+
+def test_a_foreign_folder_is_refused_and_untouched(tmp_path):
+    (tmp_path / "thesis.txt").write_text("do not lose me")
+    with pytest.raises(RunError, match=r"holds something else \(thesis.txt\)"):
+        Store(tmp_path).begin(MANIFEST)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+    with pytest.raises(RunError, match="is a file"):
+        Store(tmp_path / "thesis.txt").begin(MANIFEST)
+
+
+def test_a_damaged_block_says_which_file(tmp_path):
+    store = Store(tmp_path)
+    store.begin(MANIFEST)
+    store.write(0, {"part": layer(Rtn(2, 32).quantize(torch.randn(32, 64)))})
+    path = tmp_path / ".cloq/blocks/00000.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(RunError, match=r"00000.safetensors cannot be read.*delete it"):
+        store.read(0)
+
+
+def test_no_run_says_so(tmp_path):
+    with pytest.raises(RunError, match="holds no cloq run"):
+        Store(tmp_path).manifest()
+
+
+def test_a_second_run_on_the_same_folder_is_refused(tmp_path):
+    code = f"from cloq.store import Store\nwith Store({str(tmp_path / 'out')!r}).lock(): pass"
+    with Store(tmp_path / "out").lock():
+        second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert second.returncode != 0 and "another run is writing" in second.stderr
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_full_disk_leaves_the_old_content_and_no_leftover(tmp_path):
+    """A file size limit makes the write itself fail half-way, as a full disk does."""
+    code = f"""
+import resource
+from pathlib import Path
+from cloq.errors import RunError
+from cloq.store import write_atomically, writing
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    with writing(Path({str(tmp_path)!r})):
+        write_atomically(Path({str(tmp_path)!r}) / "block", b"x" * 100_000)
+except RunError as error:
+    print(error)
+"""
+    write_atomically(tmp_path / "block", b"old")
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "cannot write" in said and "finished blocks are kept" in said
+    assert (tmp_path / "block").read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["block"]
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
+    def interrupted(fd):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(tmp_path / "block", b"content")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_leftovers_of_a_killed_run_are_removed(tmp_path):
+    store = Store(tmp_path)
+    store.begin(MANIFEST)
+    (tmp_path / ".cloq/blocks/.00000.safetensors.123.tmp").write_bytes(b"half")
+    assert store.begin(MANIFEST) == 0
+    assert list((tmp_path / ".cloq/blocks").iterdir()) == []
+
+
+def test_differences_are_spelled_out_at_every_depth():
+    old = {"a": {"b": 1, "c": [1, 2]}, "same": 0, "gone": "x"}
+    new = {"a": {"b": 2, "c": [1, 3]}, "same": 0, "new": True}
+    assert differences(old, new) == ["a.b was 1, is 2", "a.c was [1, 2], is [1, 3]", 'gone was "x", is null', "new was null, is true"]
+    assert differences(old, old) == []
