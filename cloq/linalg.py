@@ -1,11 +1,11 @@
 """Every numerical policy of cloq in one place: the weighted low-rank solve, error norms, and the damped Cholesky factorization.
 
 **The low-rank problem.** Given an error `E (out, in)` and a Gram matrix `G = S Sᵀ (in, in)`, find the rank-r `X` that minimises
-`‖(E − X) S‖_F²`. Let `V (out, r)` hold the top-r eigenvectors of `M = E G Eᵀ`. Then `X = V Vᵀ E` is optimal and what remains is the sum
-of the discarded eigenvalues of `M`. (By Eckart-Young the best `X S` is the rank-r truncation of `E S = V σ Pᵀ`, which is `V Vᵀ E S`;
-`V Vᵀ E` attains it.) No root of `G`, no inverse and no damping are needed, so a rank-deficient `G` is as good as any other.
-This is the optimum of CLoQ, arXiv:2501.18475, Theorem 3.1, reached on another path: the paper takes `R = Σ^{1/2} Uᵀ` from an
-eigendecomposition of `G`, an SVD of `R Eᵀ`, and `R⁻¹`.
+`‖(E − X) S‖_F²`. Let `V (out, r)` hold the top-r eigenvectors of `M = E G Eᵀ`. Then `X = V Vᵀ E` is optimal and what remains
+is the sum of the discarded eigenvalues of `M`. (By Eckart-Young the best `X S` is the rank-r truncation of `E S = V σ Pᵀ`,
+which is `V Vᵀ E S`; `V Vᵀ E` attains it.) No root of `G`, no inverse and no damping are needed, so a rank-deficient `G` is as
+good as any other. This is the optimum of CLoQ, arXiv:2501.18475, Theorem 3.1, reached on another path: the paper takes `R =
+Σ^{1/2} Uᵀ` from an eigendecomposition of `G`, an SVD of `R Eᵀ`, and `R⁻¹`.
 
 `M` is never formed for large layers: block Lanczos needs only products with `E` and `G`.
 """
@@ -20,15 +20,21 @@ from torch import Tensor
 EXACT_BELOW = 128
 """Layers whose smaller side is at most this are solved by a dense float64 eigendecomposition: nothing is gained by iterating."""
 
-KRYLOV_TOLERANCE = 1e-4
+EXACT_SHARE = 0.1
+"""So are ranks of more than this share of the smaller side: the iteration would build a basis that is as large as the problem."""
+
+KRYLOV_TOLERANCE = 3e-5
 """The iteration stops when one more block lowers the remaining error by less than this fraction of it."""
 
-KRYLOV_MAX_BLOCKS = 12
+KRYLOV_MAX_BLOCKS = 8
 """The largest Krylov basis, in blocks of rank + oversampling vectors, before it restarts from its best vectors."""
+
+GRAM_PANEL = 2048
+"""Columns of the Gram matrix that are widened to float64 at a time: a large one is never held twice."""
 
 
 class TopEigen(NamedTuple):
-    """vectors `(out, r)`, orthonormal; values `(r,)` descending, float64; trace: sum of all eigenvalues, so the remainder is known."""
+    """vectors: `(out, r)`, orthonormal. values: `(r,)`, descending, float64. trace: sum of all eigenvalues."""
 
     vectors: Tensor
     values: Tensor
@@ -53,65 +59,83 @@ def relative_error(error: Tensor, weight: Tensor, gram: Tensor) -> float:
     return gram_norm2(error, gram) / reference if reference > 0 else 0.0
 
 
-def top_eigenvectors(error: Tensor, gram: Tensor, rank: int) -> TopEigen:
+def check_rank(rank: int, shape: tuple[int, int]) -> None:
+    """Raises `ValueError` unless `1 <= rank <= min(out, in)`. Callers clip what a user asked for, and report that they did."""
+    if not 1 <= rank <= min(shape):
+        raise ValueError(f"the rank must be 1 to {min(shape)} for a layer of shape {tuple(shape)}, got {rank}")
+
+
+def top_eigenvectors(error: Tensor, gram: Tensor | None, rank: int) -> TopEigen:
     """Top eigenvectors of `M = E G Eᵀ`, `(out, out)`, without forming it where it is large.
 
-    `rank` must not exceed `min(out, in)`. Small layers and ranks near the full one are solved exactly in float64. Otherwise the
-    iteration multiplies in float64 on the CPU and on devices that have it, in float32 elsewhere.
+    gram: `(in, in)`; `(in,)` for a diagonal; `None` for the identity, where the result are the left singular vectors of `E`.
+    rank: raises `ValueError` above `min(out, in)`, see `check_rank`.
+
+    Small layers and large ranks are solved exactly in float64. Otherwise the iteration multiplies in float64 on the CPU and
+    on devices that have it, in float32 elsewhere.
     """
+    check_rank(rank, error.shape)
     small = min(error.shape)
-    if small <= EXACT_BELOW or 3 * rank >= small:
+    if small <= EXACT_BELOW or rank > EXACT_SHARE * small:
         return _top_eigenvectors_exact(error, gram, rank)
     return _top_eigenvectors_krylov(error, gram, rank)
 
 
-def _top_eigenvectors_exact(error: Tensor, gram: Tensor, rank: int) -> TopEigen:
-    error, gram = _wide(error), _wide(gram)
-    if error.shape[0] <= error.shape[1]:
-        basis, core = None, error @ gram @ error.T
-    else:  # E = basis · R, and M = basis (R G Rᵀ) basisᵀ has its whole range there
-        basis, triangle = torch.linalg.qr(error)
-        core = triangle @ gram @ triangle.T
-    values, vectors = torch.linalg.eigh((core + core.T) / 2)
+def _times_gram(matrix: Tensor, gram: Tensor | None) -> Tensor:
+    """`X G` for `X (rows, in)` and the three forms of `G`."""
+    if gram is None:
+        return matrix
+    if gram.ndim == 1:
+        return matrix * gram.to(matrix.dtype)
+    panels = (gram[:, start : start + GRAM_PANEL] for start in range(0, gram.shape[1], GRAM_PANEL))
+    return torch.cat([matrix @ panel.to(matrix.dtype) for panel in panels], dim=1)
+
+
+def _top_eigenvectors_exact(error: Tensor, gram: Tensor | None, rank: int) -> TopEigen:
+    error = _wide(error)
+    basis = None
+    if error.shape[0] > error.shape[1]:  # E = basis · R, and M = basis (R G Rᵀ) basisᵀ has its whole range there
+        basis, error = torch.linalg.qr(error)
+    values, vectors = torch.linalg.eigh(_symmetric(_times_gram(error, gram) @ error.T))
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)[:, :rank]
     return TopEigen(vectors if basis is None else basis @ vectors, values[:rank], float(values.sum()))
 
 
-def _top_eigenvectors_krylov(error: Tensor, gram: Tensor, rank: int) -> TopEigen:
+def _top_eigenvectors_krylov(error: Tensor, gram: Tensor | None, rank: int) -> TopEigen:
     """Block Lanczos with full reorthogonalization and Rayleigh-Ritz; restarts from the best vectors when the basis is full.
 
-    One step costs `2 k (2·out·in + in²)` operations for `k = rank + oversampling` vectors. The starting block is a fixed pseudo-random
-    one, so that equal inputs give equal factors.
+    `E G` is formed once, since the trace needs it; one step then costs `4 k · out · in` operations for `k = rank +
+    oversampling` vectors. The starting block is a fixed pseudo-random one, so that equal inputs give equal factors. Five to
+    ten blocks are usual.
     """
-    error, gram = _wide(error), _wide(gram)
-    out = error.shape[0]
+    error = _wide(error)
+    weighted = _times_gram(error, gram)
 
     def times_m(vectors: Tensor) -> Tensor:
-        return error @ (gram @ (error.T @ vectors))
+        return weighted @ (error.T @ vectors)
 
-    trace = float(((error @ gram) * error).sum(dtype=torch.float64))
-    width = min(rank + max(8, rank // 8), out)
+    trace = float((weighted * error).sum(dtype=torch.float64))
+    width = min(rank + max(8, rank // 8), *error.shape)
+    most = max(2, min(KRYLOV_MAX_BLOCKS, min(error.shape) // width)) * width
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(error.shape[1], width, generator=generator, dtype=torch.float32).to(error)
-    block = torch.linalg.qr(error @ (gram @ start)).Q  # one multiplication ahead of a random block in the output space
+    block = torch.linalg.qr(weighted @ start).Q  # one multiplication ahead of a random block in the output space
     basis, images = block, times_m(block)
-    captured = 0.0
+    captured = -torch.inf
     while True:
         values, rotation = torch.linalg.eigh(_symmetric(basis.T @ images))
-        top = values.flip(0)[:rank].clamp_min(0)
-        energy = float(top.sum())
+        values, rotation = values.flip(0), rotation.flip(1)
+        top = values[:rank].clamp_min(0)
+        energy = float(top.sum(dtype=torch.float64))
         remaining = max(trace - energy, 0.0)
-        converged = energy - captured <= KRYLOV_TOLERANCE * remaining or remaining <= 1e-12 * trace
-        if converged or basis.shape[1] + width > out:
-            return TopEigen(basis @ rotation.flip(1)[:, :rank], top, trace)
+        if energy - captured <= KRYLOV_TOLERANCE * remaining or remaining <= 1e-12 * trace:
+            return TopEigen(basis @ rotation[:, :rank], top, trace)
         captured = energy
-        block = _orthonormal_complement(images[:, -width:], basis)
-        if basis.shape[1] >= KRYLOV_MAX_BLOCKS * width:
-            keep = rotation.flip(1)[:, :width]
-            basis, images = basis @ keep, images @ keep
-            block = _orthonormal_complement(block, basis)
-        basis = torch.cat([basis, block], dim=1)
-        images = torch.cat([images, times_m(block)], dim=1)
+        block = images[:, -width:]
+        if basis.shape[1] + width > most:
+            basis, images = basis @ rotation[:, :width], images @ rotation[:, :width]
+        block = _orthonormal_complement(block, basis)
+        basis, images = torch.cat([basis, block], dim=1), torch.cat([images, times_m(block)], dim=1)
 
 
 def _orthonormal_complement(block: Tensor, basis: Tensor) -> Tensor:
@@ -130,11 +154,14 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
 
 
-def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best rank-r approximation of `(out, in)` in the Frobenius norm as `B (out, r)`, `A (r, in)` with `BᵀB = A Aᵀ`."""
-    u, s, vt = torch.linalg.svd(_wide(matrix), full_matrices=False)
-    root = s[:rank].sqrt()
-    return (u[:, :rank] * root).to(matrix.dtype), (root[:, None] * vt[:rank]).to(matrix.dtype)
+def low_rank(error: Tensor, gram: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
+    """`B (out, r)`, `A (r, in)`, balanced and in the dtype of `error`: the rank-r `B A` that minimises `‖(E − B A) S‖_F²`.
+
+    gram: in one of the forms that `top_eigenvectors` takes; `None` gives the truncated SVD.
+    """
+    vectors = top_eigenvectors(error, gram, rank).vectors
+    B, A = balance(vectors, vectors.T @ error.to(vectors.dtype))
+    return B.to(error.dtype), A.to(error.dtype)
 
 
 def balance(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,11 +176,11 @@ def balance(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
 def inverse_cholesky(gram: Tensor, damping: float, attempts: int = 8) -> DampedCholesky:
     """Upper triangular `U` with `Uᵀ U = (G + λ I)⁻¹`, `λ = damping · mean(diag G)`, float32 in and out.
 
-    Eq. for GPTQ, arXiv:2210.17323 §3.3 step 3. One Cholesky factorization of the index-reversed matrix and one triangular inverse give
-    it directly (`J G J = L Lᵀ`, `U = J L⁻¹ J`), so no inverse is ever formed and factorized again.
+    Eq. for GPTQ, arXiv:2210.17323 §3.3 step 3. One Cholesky factorization of the index-reversed matrix and one triangular
+    inverse give it directly (`J G J = L Lᵀ`, `U = J L⁻¹ J`), so no inverse is ever formed and factorized again.
 
-    Where the factorization fails the damping is raised tenfold from at least 1e-4, at most `attempts` times; the damping that succeeded
-    is returned and belongs in the report. Raises `ValueError` if none does or the Gram matrix is not finite.
+    Where the factorization fails the damping is raised tenfold from at least 1e-4, at most `attempts` times; the damping that
+    succeeded is returned and belongs in the report. Raises `ValueError` if none does or the Gram matrix is not finite.
     """
     if not bool(torch.isfinite(gram).all()):
         raise ValueError("the Gram matrix holds NaN or Inf")
@@ -171,14 +198,19 @@ def inverse_cholesky(gram: Tensor, damping: float, attempts: int = 8) -> DampedC
     raise ValueError(f"Cholesky factorization failed up to a relative damping of {damping / 10:g}; the Gram matrix is not one")
 
 
-def largest_eigenvalue(gram: Tensor, iterations: int = 50, tolerance: float = 1e-4) -> float:
-    """λmax of a positive semi-definite `(in, in)` matrix by power iteration from a fixed start; an estimate from below."""
+def largest_eigenvalue(gram: Tensor, steps: int = 24) -> float:
+    """λmax of a positive semi-definite `(in, in)` matrix by Lanczos from a fixed start: from below, usually within 0.1 %."""
+    gram = gram.float()
     vector = torch.randn(gram.shape[0], generator=torch.Generator().manual_seed(0)).to(gram)
-    value = 0.0
-    for _ in range(iterations):
-        image = gram @ (vector / vector.norm().clamp_min(1e-30))
-        previous, value = value, float(image.norm())
-        if value == 0 or abs(value - previous) <= tolerance * value:
+    basis = (vector / vector.norm())[:, None]
+    images = gram @ basis
+    for _ in range(min(steps, gram.shape[0]) - 1):
+        following = images[:, -1:]
+        for _ in range(2):
+            following = following - basis @ (basis.T @ following)
+        norm = float(following.norm())
+        if norm <= 1e-6 * float(images[:, -1].norm()):  # an invariant subspace: nothing new to see
             break
-        vector = image
-    return value
+        basis = torch.cat([basis, following / norm], dim=1)
+        images = torch.cat([images, gram @ basis[:, -1:]], dim=1)
+    return float(torch.linalg.eigvalsh(_symmetric(basis.T @ images).double())[-1].clamp_min(0))

@@ -20,8 +20,8 @@ SPLITS = ("paper", "balanced")
 
 
 class ClosedForm(NamedTuple):
-    """factors: `A (r, in)`, `B (out, r)`, float32. error: `‖(E − B A) S‖²`. total: `‖E S‖²`. spectrum: the r leading eigenvalues of
-    `E G Eᵀ`, float64, descending; `total − spectrum.sum() = error`."""
+    """factors: `A (r, in)`, `B (out, r)`, float32. error: `‖(E − B A) S‖²`. total: `‖E S‖²`. spectrum: the r leading
+    eigenvalues of `E G Eᵀ`, float64, descending; `total − spectrum.sum() = error`."""
 
     factors: LoraFactors
     error: float
@@ -40,7 +40,8 @@ def closed_form(error: Tensor, gram: Tensor, rank: int, split: str = "paper") ->
     Raises `ValueError` for wrong shapes, rank or split, and for NaN or Inf. Within 0.1 % of the float64 optimum on any input.
     """
     if error.ndim != 2 or gram.shape != (error.shape[1],) * 2:
-        raise ValueError(f"closed_form needs an error (out, in) and a Gram matrix (in, in), got {tuple(error.shape)} and {tuple(gram.shape)}")
+        shapes = f"{tuple(error.shape)} and {tuple(gram.shape)}"
+        raise ValueError(f"closed_form needs an error (out, in) and a Gram matrix (in, in), got {shapes}")
     if rank < 1:
         raise ValueError(f"the rank must be at least 1, got {rank}")
     if split not in SPLITS:
@@ -62,7 +63,11 @@ class Cloq:
 
     split: str = "paper"
 
-    def initialize(self, weight: Tensor, stats: LayerStats, quantize: Quantize, rank: int) -> tuple[AnyQuantizedWeight, LoraFactors]:
-        weight = weight.float()
+    def initialize(
+        self, weight: Tensor, stats: LayerStats, quantize: Quantize, rank: int
+    ) -> tuple[AnyQuantizedWeight, LoraFactors]:
+        """Raises `ValueError` for a rank above `min(weight.shape)`."""
+        linalg.check_rank(rank, weight.shape)
+        weight = weight.detach().float()
         quantized = quantize(weight)
         return quantized, closed_form(weight - quantized.dequantize(), stats.gram, rank, self.split).factors

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cloq import linalg
 from cloq.types import AnyQuantizedWeight, LayerStats, LoraFactors, Quantize
 
 
@@ -19,8 +20,12 @@ class Zero:
 
     seed: int = 0
 
-    def initialize(self, weight: Tensor, stats: LayerStats, quantize: Quantize, rank: int) -> tuple[AnyQuantizedWeight, LoraFactors]:
+    def initialize(
+        self, weight: Tensor, stats: LayerStats, quantize: Quantize, rank: int
+    ) -> tuple[AnyQuantizedWeight, LoraFactors]:
+        """`stats` are not used. Raises `ValueError` for a rank above `min(weight.shape)`."""
+        linalg.check_rank(rank, weight.shape)
         out, columns = weight.shape
         generator = torch.Generator().manual_seed(self.seed)
         A = (torch.rand(rank, columns, generator=generator) * 2 - 1) / columns**0.5
-        return quantize(weight.float()), LoraFactors(A.to(weight.device), torch.zeros(out, rank, device=weight.device))
+        return quantize(weight.detach().float()), LoraFactors(A.to(weight.device), torch.zeros(out, rank, device=weight.device))

@@ -1,12 +1,13 @@
-"""Weight → codes on a grid. One algorithm per file; a quantizer is a frozen dataclass with one verb, `quantize(weight, stats)`."""
+"""Weight → codes on a grid. One algorithm per file: a frozen dataclass with one verb, `quantize(weight, stats)`."""
 
 from cloq.quantizers.gptq import Gptq
 from cloq.quantizers.magr import Magr
+from cloq.quantizers.nf4 import Nf4
 from cloq.quantizers.rtn import Rtn
 from cloq.specs import QuantSpec
 from cloq.types import Quantizer
 
-QUANTIZERS = {"gptq": Gptq, "rtn": Rtn}
+QUANTIZERS = {"gptq": Gptq, "rtn": Rtn, "nf4": Nf4}
 """The quantizers that a run can name. `Magr` wraps any of them."""
 
 
@@ -20,4 +21,4 @@ def from_spec(spec: QuantSpec) -> Quantizer:
     return Magr(quantizer, spec.group_size, alpha)
 
 
-__all__ = ["QUANTIZERS", "Gptq", "Magr", "Rtn", "from_spec"]
+__all__ = ["QUANTIZERS", "Gptq", "Magr", "Nf4", "Rtn", "from_spec"]

@@ -1,7 +1,8 @@
 """Group-wise integer grids: which scale and zero point a group gets, and how a value becomes a code.
 
-Scales are rounded to float16 before any value is coded, because that is what the file holds: codes chosen for an unrounded scale would
-be fitted to a grid that no reader sees. Ranges always contain 0, so a dead or pruned weight is represented exactly.
+Scales are rounded to float16 before any value is coded, because that is what the file holds: codes chosen for an unrounded
+scale would be fitted to a grid that no reader sees. Ranges always contain 0, so a dead or pruned weight is represented
+exactly.
 """
 
 from __future__ import annotations
@@ -9,12 +10,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SMALLEST_SCALE = 2.0**-14
-"""The smallest normal float16: below it a rounded scale loses its significand."""
+from cloq.errors import ModelError
+
+SMALLEST_SCALE = 2.0**-24
+"""The smallest float16 above 0. Scales below 2^-14 keep fewer digits, but codes are chosen for the rounded scale."""
+
+LARGEST_WEIGHT = 65504.0
+"""The largest float16: weights up to it have a scale that the file can hold, on every grid."""
+
+
+def finite(weight: Tensor, limit: float = torch.finfo(torch.float32).max) -> Tensor:
+    """The weight in float32, detached. Raises `ModelError` for NaN, Inf or a magnitude above `limit`."""
+    weight = weight.detach().float()
+    peak = float(weight.abs().max()) if weight.numel() else 0.0
+    if not peak <= limit:  # also where peak is NaN
+        allowed = f"magnitudes up to {limit:g} (float16 scales hold no more)" if limit <= LARGEST_WEIGHT else "finite values"
+        raise ModelError(f"a weight {tuple(weight.shape)} holds {peak:g}; only {allowed} can be quantized. Skip this layer")
+    return weight
 
 
 def group_index(columns: int, group_size: int | None, device: torch.device | None = None) -> Tensor:
-    """Group of each of `columns` inputs, `(in,)` int64. `None` is one group; the last group is shorter where the size does not divide."""
+    """Group of each of `columns` inputs, `(in,)` int64. `None` is one group; the last may be shorter than the others."""
     positions = torch.arange(columns, device=device)
     return torch.zeros_like(positions) if group_size is None else positions // group_size
 
@@ -23,9 +39,11 @@ def fit(values: Tensor, bits: int, symmetric: bool, search: bool) -> tuple[Tenso
     """Scale and zero point for each row of `values (rows, n)`: `(rows,)` float32 representable in float16, and `(rows,)` uint8.
 
     asymmetric: min-max, the range widened to contain 0.
-    symmetric: zero point `2**(bits-1)`; all `2**bits` levels are used, and the side with the larger magnitude gets the extra level by
-        the sign of the scale. (At 2 bits the levels are −2…1; dropping one costs points.)
+    symmetric: zero point `2**(bits-1)`; all `2**bits` levels are used, and the side with the larger magnitude gets the extra
+        level by the sign of the scale. (At 2 bits the levels are −2…1; dropping one costs points.)
     search: try shrunken ranges as well and keep, per row, the scale with the least squared rounding error.
+
+    Any float32 values give a finite grid: scales beyond float16 are cut to its limits, and codes to the grid's ends.
     """
     levels = 2**bits - 1
     low, high = values.amin(1).clamp_max(0), values.amax(1).clamp_min(0)
@@ -51,7 +69,8 @@ def fit(values: Tensor, bits: int, symmetric: bool, search: bool) -> tuple[Tenso
             best, best_s, best_z = error, s, z
         else:
             better = error < best
-            best, best_s, best_z = torch.where(better, error, best), torch.where(better, s, best_s), torch.where(better, z, best_z)
+            best_s, best_z = torch.where(better, s, best_s), torch.where(better, z, best_z)
+            best = torch.minimum(best, error)
     return best_s, best_z.to(torch.uint8)
 
 
@@ -66,7 +85,7 @@ def decode(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 
 def _storable(scale: Tensor) -> Tensor:
-    """Rounded to float16 and back; magnitudes below the smallest normal one are raised to it, an all-zero group gets 1."""
+    """Rounded to float16 and back, never to 0 or Inf; an all-zero group gets 1."""
     magnitude = scale.abs().clamp(SMALLEST_SCALE, torch.finfo(torch.float16).max)
     sign = torch.where(scale < 0, -1.0, 1.0)
     return torch.where(scale == 0, torch.ones_like(scale), sign * magnitude.half().float())

@@ -6,8 +6,9 @@ Zhang et al., "MagR: Weight Magnitude Reduction for Enhancing Post-Training Quan
 
 by proximal gradient with step 1. A smaller largest magnitude is a finer grid for the quantizer that follows.
 
-Departures from the paper: accelerated steps (FISTA, with restart when the direction turns), which need a fifth of the iterations; the
-prox by a finite Newton iteration instead of a sort; the penalty per quantization group, since it is the group's range that sets the grid.
+Departures from the paper: accelerated steps (FISTA, with restart when the direction turns), which need a fifth of the
+iterations; the prox by a finite Newton iteration instead of a sort; the penalty per quantization group, since it is the
+group's range that sets the grid.
 """
 
 from __future__ import annotations
@@ -73,8 +74,8 @@ def _prox_groups(values: Tensor, threshold: float, group_size: int | None) -> Te
 def prox_max(values: Tensor, threshold: float) -> Tensor:
     """`argmin_x ½‖x − v‖² + t ‖x‖_∞` for each row of `(rows, n)`: clip at the τ with `Σ max(|v| − τ, 0) = t`, or 0 if `‖v‖₁ ≤ t`.
 
-    τ is the root of a decreasing, convex, piecewise linear function; Newton's iteration from 0 rises to it and ends after finitely many
-    steps (Michelot, 1986). Equal to `v − t · projection of v/t on the ℓ1 ball`.
+    τ is the root of a decreasing, convex, piecewise linear function; Newton's iteration from 0 rises to it and ends after
+    finitely many steps (Michelot, 1986). Equal to `v − t · projection of v/t on the ℓ1 ball`.
     """
     magnitude = values.abs()
     tau = torch.zeros_like(magnitude[:, :1])

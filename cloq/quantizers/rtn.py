@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from cloq.quantizers import grid
@@ -23,15 +24,12 @@ class Rtn:
     search: bool = False
 
     def quantize(self, weight: Tensor, stats: LayerStats | None = None) -> QuantizedWeight:
-        """`weight (out, in)` of any float dtype; `stats` are not used."""
-        weight = weight.detach().float()
-        rows, columns = weight.shape
+        """`weight (out, in)` of any float dtype; `stats` are not used. Raises `ModelError` for values that no grid holds."""
+        weight = grid.finite(weight, grid.LARGEST_WEIGHT)
+        columns = weight.shape[1]
         index = grid.group_index(columns, self.group_size, weight.device)
-        groups = [slice(None)] if self.group_size is None else [slice(s, s + self.group_size) for s in range(0, columns, self.group_size)]
-        fits = [grid.fit(weight[:, g], self.bits, self.symmetric, self.search) for g in groups]
-        scale = weight.new_empty(rows, len(groups))
-        zero = index.new_empty(rows, len(groups)).byte()
-        for g, (s, z) in enumerate(fits):
-            scale[:, g], zero[:, g] = s, z
+        groups = weight.split(self.group_size or columns, dim=1)
+        fits = [grid.fit(group, self.bits, self.symmetric, self.search) for group in groups]
+        scale, zero = (torch.stack(parts, dim=1) for parts in zip(*fits, strict=True))
         codes = grid.encode(weight, scale[:, index], zero[:, index], self.bits).byte()
         return QuantizedWeight(codes, scale, zero, index, self.bits, self.group_size, self.symmetric)
