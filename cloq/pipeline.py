@@ -78,8 +78,9 @@ def quantize_blocks(
                 store.write(index, results)
         if index + 1 < total:
             with clock("propagate"):
-                calibration = [_advance(decoder, index, batch) for batch in calibration]
-                heldout = [_advance(decoder, index, batch) for batch in heldout]
+                for batches in (calibration, heldout):
+                    for i, batch in enumerate(batches):  # in place: old and new activations of all batches never stand side by side
+                        batches[i] = Batch(decoder.run_block(index, batch), batch.calls)
         decoder.drop_block(index)
         del block
         emit("block", {"block": index, "blocks": total, "seconds": time.perf_counter() - started, "replayed": index < done})
@@ -172,10 +173,6 @@ def _spectrum(factors: LoraFactors, gram: Tensor, total: float) -> tuple[float, 
 
 def _forwards(decoder: Decoder, index: int, batches: list[Batch]):
     return (lambda batch=batch: decoder.run_block(index, batch) for batch in batches)
-
-
-def _advance(decoder: Decoder, index: int, batch: Batch) -> Batch:
-    return Batch(decoder.run_block(index, batch), batch.calls)
 
 
 def apply_results(results: dict[str, LayerResult], linears: dict[str, nn.Module], propagate: str) -> None:
