@@ -1,7 +1,16 @@
 """Text → token batches; hooks on one block; Gram sums."""
 
 from cloq.calibration.gram import gram_matrices, shared_inputs
-from cloq.calibration.sources import documents
-from cloq.calibration.tokens import CalibrationTokens, draw_sequences
+from cloq.calibration.sources import NAMES, documents
+from cloq.calibration.tokens import CalibrationTokens, calibration_tokens, draw_sequences, sequence_start
 
-__all__ = ["CalibrationTokens", "documents", "draw_sequences", "gram_matrices", "shared_inputs"]
+__all__ = [
+    "NAMES",
+    "CalibrationTokens",
+    "calibration_tokens",
+    "documents",
+    "draw_sequences",
+    "gram_matrices",
+    "sequence_start",
+    "shared_inputs",
+]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
 
+from cloq.errors import ModelError
 from cloq.types import LayerStats
 
 
@@ -17,63 +19,74 @@ class _Enough(Exception):
 def shared_inputs(run: Callable[[], object], linears: dict[str, nn.Module]) -> list[list[str]]:
     """Groups of layers that are given the very same tensor, in the order in which one forward reaches them.
 
-    run: one forward of the block. Layers that the forward never reaches come last, each alone. Inputs are compared by identity of
-    storage while all of them are held, so a reused buffer cannot pass for an equal input.
+    run: one forward of the block. Layers that the forward never reaches come last, each alone. Two inputs are the same if they
+    start at the same address with the same shape, strides and type, and nothing wrote to them in between. All of them are held
+    until the forward ends, so a reused buffer cannot pass for an equal input; empty inputs have no address and are never the
+    same. Raises `ModelError` for a layer that runs twice, whose statistics would be counted twice.
     """
-    groups: list[list[str]] = []
+    groups: dict[tuple, list[str]] = {}
     held: list[Tensor] = []
+    reached: set[str] = set()
 
-    def hook_for(name: str):
-        def hook(module: nn.Module, args: tuple) -> None:
-            x = args[0]
-            if any(name in group for group in groups):
-                raise ValueError(f"{name} runs more than once in one forward of its block; shared layers are not supported")
-            for group, other in zip(groups, held, strict=True):
-                if x.data_ptr() == other.data_ptr() and x.shape == other.shape and x.stride() == other.stride():
-                    group.append(name)
-                    return
-            groups.append([name])
-            held.append(x)
+    def see(name: str, x: Tensor) -> None:
+        _once(name, reached)
+        held.append(x)
+        groups.setdefault(_identity(x, len(held)), []).append(name)
 
-        return hook
-
-    with _hooks({name: hook_for(name) for name in linears}, linears):
+    with torch.no_grad(), _watching(linears, linears, see):
         run()
-    reached = {name for group in groups for name in group}
-    return groups + [[name] for name in linears if name not in reached]
+    return [*groups.values(), *([name] for name in linears if name not in reached)]
 
 
-def gram_matrices(runs: Iterable[Callable[[], object]], linears: dict[str, nn.Module], names: Sequence[str]) -> dict[str, LayerStats]:
+def gram_matrices(
+    runs: Iterable[Callable[[], object]], linears: dict[str, nn.Module], names: Sequence[str]
+) -> dict[str, LayerStats]:
     """`Σ x xᵀ` over all forwards, for one representative layer of each group in `names`.
 
-    Every run is one forward of the block on one micro-batch; it is stopped as soon as the inputs of all `names` have been seen. Sums are
-    float32, one product per micro-batch. A layer that saw nothing has a zero matrix and `n_tokens` 0.
+    Every run is one forward of the block on one micro-batch; it is stopped as soon as the inputs of all `names` have been seen.
+    Sums are float32 whatever the type of the activations (TF32 off), one product per micro-batch. A layer that saw nothing has a
+    zero matrix and `n_tokens` 0. Raises `ModelError` for a layer that runs twice in one forward, and for activations that are NaN
+    or Inf.
     """
     sums: dict[str, Tensor] = {}
     tokens = dict.fromkeys(names, 0)
-    pending: set[str] = set()
+    reached: set[str] = set()
 
-    def hook_for(name: str):
-        def hook(module: nn.Module, args: tuple) -> None:
-            x = args[0].detach().flatten(0, -2).float()
-            if name not in sums:
-                sums[name] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
-            sums[name].addmm_(x.T, x)
-            tokens[name] += x.shape[0]
-            pending.discard(name)
-            if not pending:
-                raise _Enough
+    def see(name: str, x: Tensor) -> None:
+        _once(name, reached)
+        rows = x.detach().flatten(0, -2).float()
+        if name not in sums:
+            sums[name] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
+        sums[name].addmm_(rows.T, rows)
+        tokens[name] += rows.shape[0]
+        if len(reached) == len(names):
+            raise _Enough
 
-        return hook
-
-    with _hooks({name: hook_for(name) for name in names}, linears):
+    with torch.no_grad(), _full_precision(), _watching(linears, names, see):
         for run in runs:
-            pending.update(names)
-            try:
+            reached.clear()
+            with suppress(_Enough):
                 run()
-            except _Enough:
-                pass
+    for name, gram in sums.items():
+        if not bool(torch.isfinite(gram.diagonal()).all()):  # sums of squares: they show whatever is not finite in any row
+            raise ModelError(
+                f"the inputs of {name} hold NaN, Inf or values beyond float32 on the calibration text; the model itself overflows"
+            )
     return {name: LayerStats(sums[name], tokens[name]) if name in sums else _nothing_seen(linears[name]) for name in names}
+
+
+def _once(name: str, reached: set[str]) -> None:
+    if name in reached:
+        raise ModelError(
+            f"{name} runs more than once in one forward of its block, which is not supported; leave it dense with --skip {name}"
+        )
+    reached.add(name)
+
+
+def _identity(x: Tensor, position: int) -> tuple:
+    version = None if x.is_inference() else x._version  # goes up with every write in place; inference tensors keep no count
+    alone = position if x.numel() == 0 else 0
+    return (x.data_ptr(), tuple(x.shape), x.stride(), x.dtype, x.device, version, alone)
 
 
 def _nothing_seen(linear: nn.Module) -> LayerStats:
@@ -81,15 +94,30 @@ def _nothing_seen(linear: nn.Module) -> LayerStats:
     return LayerStats(torch.zeros(width, width, device=linear.weight.device), 0)
 
 
-class _hooks:
-    """Forward pre-hooks that are gone afterwards, whatever happened."""
+@contextmanager
+def _watching(linears: dict[str, nn.Module], names: Iterable[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """`see(name, input)` before each forward of the named layers; the hooks are gone afterwards, whatever happened."""
 
-    def __init__(self, hooks: dict[str, Callable], linears: dict[str, nn.Module]):
-        self._pairs = [(linears[name], hook) for name, hook in hooks.items()]
+    def hook_for(name: str):
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            see(name, args[0] if args else next(iter(kwargs.values())))
 
-    def __enter__(self) -> None:
-        self._handles = [module.register_forward_pre_hook(hook) for module, hook in self._pairs]
+        return hook
 
-    def __exit__(self, *exc: object) -> None:
-        for handle in self._handles:
+    handles = [linears[name].register_forward_pre_hook(hook_for(name), with_kwargs=True) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Float32 products of float32 matrices on GPUs too, whatever the caller has set."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

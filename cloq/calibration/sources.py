@@ -1,19 +1,100 @@
-"""Where calibration text comes from: names, hub data sets, local files, mixtures."""
+"""Where calibration text comes from, by name: what each source is called, and which reader it belongs to."""
 
 from __future__ import annotations
 
-import pydoc_data.topics
-from collections.abc import Iterator
+import difflib
+import os
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from cloq.calibration.demo import demo_documents
+from cloq.calibration.hub import hub_passages, hub_set
+from cloq.calibration.local import SUFFIXES, local_passages
+from cloq.calibration.mixture import parse_mixture
+from cloq.calibration.passages import whole
 from cloq.errors import CalibrationError
 
+HUB_NAMES = {
+    "c4": "allenai/c4:en:train",
+    "wikitext2": "Salesforce/wikitext:wikitext-2-raw-v1:train",
+    "pile": "NeelNanda/pile-10k::train",
+}
+"""Short names of data sets on the hub."""
 
-def documents(source: str) -> Iterator[str]:
-    """The documents of one source, in order. Raises `CalibrationError` before the first one if the source cannot be read."""
+NAMES = ("demo", "self", *HUB_NAMES)
+"""Sources with a name of their own. A name wins over a file of the same name in the current folder, which is `./c4`."""
+
+
+def documents(source: str, column: str | None = None, tokenizer=None) -> Iterator[str]:
+    """The documents of one source, whole and in order.
+
+    column: of a data set, where it is not found by itself. tokenizer: needed for conversations, which its chat template writes.
+    Raises `CalibrationError`, before the first document where that is possible, if the source is unknown, a mixture, or `self`,
+    and whenever it cannot be read.
+    """
+    if len(parts := parse_mixture(source)) > 1:
+        raise CalibrationError(
+            f"{source!r} is a mixture; here one text is needed: name one of {', '.join(part.source for part in parts)}"
+        )
+    return whole(passages(parts[0].source, column, tokenizer))
+
+
+def passages(source: str, column: str | None = None, tokenizer=None) -> Iterator[str]:
+    """The text of one source as it is read: documents, large ones in pieces (`Unfinished`)."""
+    return _reader(source)(column, tokenizer)
+
+
+def check(source: str) -> None:
+    """Raises `CalibrationError` if there is no such source. Files are looked for, the hub is not asked."""
+    if source != "self":
+        _reader(source)
+
+
+def _reader(source: str) -> Callable[..., Iterator[str]]:
+    path = Path(source).expanduser()
     if source == "demo":
-        yield from (text for _, text in sorted(pydoc_data.topics.topics.items()))
-    elif Path(source).is_file():
-        yield Path(source).read_text("utf8")
-    else:
-        raise CalibrationError(f"unknown calibration source {source!r}")
+        return lambda column, tokenizer: demo_documents()
+    if source == "self":
+        raise CalibrationError(
+            "'self' is text that the model samples while it is calibrated; it cannot be read. Name a text, a file or a data set"
+        )
+    if source in HUB_NAMES:
+        wanted = hub_set(HUB_NAMES[source])
+        return lambda column, tokenizer: hub_passages(wanted, None, tokenizer)
+    if os.path.exists(path):
+        return lambda column, tokenizer: local_passages(path, column, tokenizer)
+    if not _looks_like_path(source) and (wanted := hub_set(source)):
+        return lambda column, tokenizer: hub_passages(wanted, column, tokenizer)
+    raise CalibrationError(_unknown(source, path))
+
+
+def _looks_like_path(source: str) -> bool:
+    endings = (*SUFFIXES, *(f"{suffix}.gz" for suffix in SUFFIXES))
+    return (
+        source.startswith((".", "/", "~"))
+        or "\\" in source
+        or re.match(r"[A-Za-z]:/", source) is not None
+        or source.lower().endswith(endings)
+    )
+
+
+def _unknown(source: str, path: Path) -> str:
+    """No such source: what there is, and the nearest name."""
+    if _looks_like_path(source) or "/" in source:
+        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, beside, 1)
+        hint = (
+            f" (did you mean {path.parent / near[0]}?)"
+            if near
+            else ""
+            if path.parent.is_dir()
+            else f", nor a folder {path.parent}"
+        )
+        return f"there is no file or folder {source}{hint}. Give a path that exists, or one of {', '.join(NAMES)}"
+    near = difflib.get_close_matches(source.lower(), [*NAMES, *os.listdir()], 1, cutoff=0.5)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    return (
+        f"unknown calibration source {source!r}{hint}. Known: {', '.join(NAMES)}, a hub data set owner/name[:config[:split]], "
+        f"a file or folder ({', '.join(SUFFIXES)}), or a mixture a:0.5,b:0.5"
+    )
