@@ -23,11 +23,11 @@ EXACT_BELOW = 128
 EXACT_SHARE = 0.1
 """So are ranks of more than this share of the smaller side: the iteration would build a basis that is as large as the problem."""
 
-KRYLOV_TOLERANCE = 3e-5
-"""The iteration stops when one more block lowers the remaining error by less than this fraction of it."""
+KRYLOV_TOLERANCE = 1e-4
+"""The iteration stops when all blocks that could follow would lower the remaining error by less than this fraction of it."""
 
 KRYLOV_MAX_BLOCKS = 8
-"""The largest Krylov basis, in blocks of rank + oversampling vectors, before it restarts from its best vectors."""
+"""The largest Krylov basis, in blocks of rank + oversampling vectors, before it restarts from its best vectors. At least 4."""
 
 GRAM_PANEL = 2048
 """Columns of the Gram matrix that are widened to float64 at a time: a large one is never held twice."""
@@ -97,8 +97,9 @@ def _top_eigenvectors_exact(error: Tensor, gram: Tensor | None, rank: int) -> To
     if error.shape[0] > error.shape[1]:  # E = basis · R, and M = basis (R G Rᵀ) basisᵀ has its whole range there
         basis, error = torch.linalg.qr(error)
     values, vectors = torch.linalg.eigh(_symmetric(_times_gram(error, gram) @ error.T))
-    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)[:, :rank]
-    return TopEigen(vectors if basis is None else basis @ vectors, values[:rank], float(values.sum()))
+    vectors = vectors.flip(1)[:, :rank]
+    top = values.flip(0)[:rank].clamp_min(0)
+    return TopEigen(vectors if basis is None else basis @ vectors, top, float(values.sum(dtype=torch.float64)))
 
 
 def _top_eigenvectors_krylov(error: Tensor, gram: Tensor | None, rank: int) -> TopEigen:
@@ -116,26 +117,37 @@ def _top_eigenvectors_krylov(error: Tensor, gram: Tensor | None, rank: int) -> T
 
     trace = float((weighted * error).sum(dtype=torch.float64))
     width = min(rank + max(8, rank // 8), *error.shape)
-    most = max(2, min(KRYLOV_MAX_BLOCKS, min(error.shape) // width)) * width
+    out = error.shape[0]
+    most = min(KRYLOV_MAX_BLOCKS * width, out)
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(error.shape[1], width, generator=generator, dtype=torch.float32).to(error)
     block = torch.linalg.qr(weighted @ start).Q  # one multiplication ahead of a random block in the output space
     basis, images = block, times_m(block)
-    captured = -torch.inf
+    energy, gain = 0.0, 0.0
     while True:
         values, rotation = torch.linalg.eigh(_symmetric(basis.T @ images))
         values, rotation = values.flip(0), rotation.flip(1)
         top = values[:rank].clamp_min(0)
-        energy = float(top.sum(dtype=torch.float64))
+        previous, gain, energy = gain, float(top.sum(dtype=torch.float64)) - energy, float(top.sum(dtype=torch.float64))
         remaining = max(trace - energy, 0.0)
-        if energy - captured <= KRYLOV_TOLERANCE * remaining or remaining <= 1e-12 * trace:
+        converged = remaining <= 1e-12 * trace or basis.shape[1] == out
+        if not converged and basis.shape[1] >= 3 * width:  # the gains at the start, and after a restart, say little
+            converged = _still_to_gain(gain, previous) <= KRYLOV_TOLERANCE * remaining
+        if converged:
             return TopEigen(basis @ rotation[:, :rank], top, trace)
-        captured = energy
         block = images[:, -width:]
-        if basis.shape[1] + width > most:
+        if basis.shape[1] == most:
             basis, images = basis @ rotation[:, :width], images @ rotation[:, :width]
-        block = _orthonormal_complement(block, basis)
+        block = _orthonormal_complement(block[:, : most - basis.shape[1]], basis)
         basis, images = torch.cat([basis, block], dim=1), torch.cat([images, times_m(block)], dim=1)
+
+
+def _still_to_gain(gain: float, previous: float) -> float:
+    """The sum of all gains to come if they fall as the last two did: `gain · (ratio + ratio² + …)`. In truth they fall faster."""
+    if gain <= 0:
+        return 0.0
+    ratio = min(gain / max(previous, gain), 0.99)
+    return gain * ratio / (1 - ratio)
 
 
 def _orthonormal_complement(block: Tensor, basis: Tensor) -> Tensor:

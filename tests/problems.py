@@ -126,3 +126,11 @@ def output_error(error: Tensor, gram: Tensor) -> float:
     """`‖X S‖²`, float64."""
     error = error.double()
     return float(((error @ gram.double()) * error).sum().clamp_min(0))
+
+
+def rounding(error: Tensor, gram: Tensor) -> float:
+    """What any solution may be off by, absolutely: the negative eigenvalues of `E G Eᵀ`, which are there only because a
+    rank-deficient `G` was summed in float32, and twelve digits of the whole."""
+    error = error.double()
+    values = torch.linalg.eigvalsh(error @ gram.double() @ error.T)
+    return float(2 * values.clamp_max(0).abs().sum() + 1e-12 * values.abs().sum())

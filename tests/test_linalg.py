@@ -1,0 +1,206 @@
+"""The numerical policies: the weighted low-rank solve on both routes, balancing, norms, damping."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cloq import linalg
+from tests.problems import KINDS, LARGE_SHAPES, SHAPES, optimum, output_error, problem, rounding
+
+ROUTES = {"exact": linalg._top_eigenvectors_exact, "krylov": linalg._top_eigenvectors_krylov}
+
+
+def rotated(spectrum: torch.Tensor, rows: int, seed: int = 0) -> torch.Tensor:
+    """An `(rows, len(spectrum))` matrix with the given singular values, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    n = len(spectrum)
+    left = torch.linalg.qr(torch.randn(rows, n, dtype=torch.float64, generator=generator)).Q
+    right = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator)).Q
+    return left * spectrum @ right
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", LARGE_SHAPES.values(), ids=LARGE_SHAPES)
+def test_top_eigenvectors_span_the_optimum(route, kind, shape):
+    p = problem(kind, shape)
+    vectors, values, trace = ROUTES[route](p.weight, p.gram, 9)
+    assert vectors.shape == (shape[0], 9) and values.shape == (9,) and values.dtype == torch.float64
+    torch.testing.assert_close(vectors.T @ vectors, torch.eye(9, dtype=torch.float64), atol=1e-10, rtol=0)
+    assert bool((values.diff() <= 1e-12 * trace).all()) and bool((values >= 0).all())
+    weight = p.weight.double()
+    total = output_error(weight, p.gram)
+    assert trace == pytest.approx(total, rel=1e-9)
+    best, slack = optimum(weight, p.gram, 9), rounding(weight, p.gram)
+    assert slack < 1e-6 * total
+    assert output_error(weight - vectors @ (vectors.T @ weight), p.gram) <= 1.001 * best + slack
+    assert trace - float(values.sum()) == pytest.approx(best, rel=1e-3, abs=slack)
+
+
+def test_the_route_follows_size_and_rank(monkeypatch):
+    taken = []
+    for name in ROUTES:
+        monkeypatch.setattr(linalg, f"_top_eigenvectors_{name}", lambda error, gram, rank, name=name: taken.append(name))
+    for shape, rank in (((128, 900), 4), ((300, 200), 20), ((300, 200), 21), ((200, 300), 21), ((200, 300), 200)):
+        linalg.top_eigenvectors(torch.zeros(shape), None, rank)
+    assert taken == ["exact", "krylov", "exact", "exact", "exact"]
+
+
+SPECTRA = {
+    "flat": lambda n: torch.ones(n),
+    "noise": lambda n: torch.linspace(1, 0.5, n),
+    "step after the rank": lambda n: torch.cat([torch.full((12,), 10.0), torch.ones(n - 12)]),
+    "step before the rank": lambda n: torch.cat([torch.full((4,), 10.0), torch.ones(n - 4)]),
+    "cluster across the rank": lambda n: torch.cat([torch.full((60,), 3.0), torch.ones(n - 60)]),
+    "one giant": lambda n: torch.cat([torch.tensor([1e6]), torch.linspace(1, 0.1, n - 1)]),
+    "power law": lambda n: torch.arange(1, n + 1) ** -0.5,
+    "steep": lambda n: 0.8 ** torch.arange(n),
+    "rank three": lambda n: torch.cat([torch.tensor([3.0, 2.0, 1.0]), torch.zeros(n - 3)]),
+    "zero": lambda n: torch.zeros(n),
+}
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.parametrize("rank", (1, 12, 40))
+@pytest.mark.parametrize("rows", (400, 220))
+def test_krylov_is_within_a_thousandth_on_any_spectrum(name, rank, rows):
+    spectrum = SPECTRA[name](220).double()
+    matrix = rotated(spectrum, rows)
+    vectors, values, trace = linalg._top_eigenvectors_krylov(matrix, None, rank)
+    best = float(spectrum[rank:].square().sum())
+    remaining = float((matrix - vectors @ (vectors.T @ matrix)).square().sum())
+    assert best * (1 - 1e-9) <= remaining <= 1.001 * best + 1e-11 * trace
+    assert trace - float(values.sum()) == pytest.approx(remaining, rel=1e-6, abs=1e-11 * trace)
+    torch.testing.assert_close(vectors.T @ vectors, torch.eye(rank, dtype=torch.float64), atol=1e-10, rtol=0)
+
+
+def test_krylov_restarts_when_its_basis_is_full(monkeypatch):
+    """With a smaller basis it takes longer; the answer is as good."""
+    matrix = rotated(torch.linspace(1, 0.5, 200).double(), 260)
+    widest = []
+    monkeypatch.setattr(linalg, "KRYLOV_MAX_BLOCKS", 4)
+    eigh = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda m: widest.append(len(m)) or eigh(m))
+    _, values, trace = linalg._top_eigenvectors_krylov(matrix, None, 10)
+    assert max(widest) == 4 * 18 and widest.count(4 * 18) > 1
+    best = float(torch.linspace(1, 0.5, 200).double()[10:].square().sum())
+    assert best * (1 - 1e-9) <= trace - float(values.sum()) <= 1.001 * best
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_diagonal_and_the_identity_have_short_forms(route):
+    p = problem("power law", LARGE_SHAPES["wide"])
+    diagonal = p.gram.diagonal()
+    short, full = ROUTES[route](p.weight, diagonal, 6), ROUTES[route](p.weight, torch.diag(diagonal), 6)
+    torch.testing.assert_close(short.values, full.values)
+    assert short.trace == pytest.approx(full.trace)
+    short, full = ROUTES[route](p.weight, None, 6), ROUTES[route](p.weight, torch.eye(p.weight.shape[1]), 6)
+    torch.testing.assert_close(short.values, full.values)
+    torch.testing.assert_close(short.vectors @ short.vectors.T, full.vectors @ full.vectors.T, atol=1e-5, rtol=0)
+
+
+def test_a_gram_matrix_is_widened_panel_by_panel(monkeypatch):
+    p = problem("power law", LARGE_SHAPES["wide"])
+    whole = linalg.top_eigenvectors(p.weight, p.gram, 6).values
+    monkeypatch.setattr(linalg, "GRAM_PANEL", 64)
+    torch.testing.assert_close(linalg.top_eigenvectors(p.weight, p.gram, 6).values, whole, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES.values(), *LARGE_SHAPES.values()])
+def test_low_rank_without_a_gram_is_the_truncated_svd(shape):
+    weight = problem("well conditioned", shape).weight
+    weight = weight + 0.05 * torch.linspace(1, 2, shape[0])[:, None] @ torch.linspace(-1, 1, shape[1])[None]
+    u, s, vt = torch.linalg.svd(weight.double(), full_matrices=False)
+    for rank in (1, 5, min(shape)):
+        B, A = linalg.low_rank(weight, None, rank)
+        left = float((weight - B @ A).double().square().sum())
+        assert left == pytest.approx(float(s[rank:].square().sum()), rel=1e-3, abs=1e-9)
+        torch.testing.assert_close(B.T @ B, A @ A.T, atol=1e-5, rtol=1e-4)
+    B, A = linalg.low_rank(weight, None, 1)
+    torch.testing.assert_close(B @ A, (s[0] * torch.outer(u[:, 0], vt[0])).float(), atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("rank", (0, -1, 41))
+def test_a_rank_that_the_shape_does_not_allow_is_refused(rank):
+    with pytest.raises(ValueError, match=rf"rank must be 1 to 40 for a layer of shape \(40, 72\), got {rank}"):
+        linalg.top_eigenvectors(torch.zeros(40, 72), None, rank)
+
+
+@given(st.integers(1, 9), st.integers(1, 12), st.integers(1, 7), st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_balance_keeps_the_product_and_shares_the_singular_values(out, columns, rank, seed):
+    torch.manual_seed(seed)
+    rank = min(rank, out, columns)
+    B, A = torch.randn(out, rank), 100 * torch.randn(rank, columns)
+    b, a = linalg.balance(B, A)
+    torch.testing.assert_close(b @ a, B @ A, atol=1e-3, rtol=1e-5)
+    gram = b.T @ b
+    torch.testing.assert_close(gram, a @ a.T, atol=1e-3, rtol=1e-5)
+    torch.testing.assert_close(gram, torch.diag(gram.diagonal()), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_norms_survive_float32(kind):
+    """A corrected error against 1000-fold outliers is the worst case: large products that cancel."""
+    p = problem(kind, SHAPES["wide"])
+    B, A = linalg.low_rank(p.weight, p.gram, 6)
+    left = p.weight - B @ A
+    assert linalg.gram_norm2(p.weight, p.gram) == pytest.approx(output_error(p.weight, p.gram), rel=1e-4)
+    total = output_error(p.weight, p.gram)
+    assert linalg.gram_norm2(left, p.gram) == pytest.approx(output_error(left, p.gram), rel=1e-2, abs=1e-9 * total)
+    assert linalg.relative_error(left, p.weight, p.gram) == linalg.gram_norm2(left, p.gram) / linalg.gram_norm2(p.weight, p.gram)
+
+
+def test_the_relative_error_of_an_unseen_layer_is_zero():
+    assert linalg.relative_error(torch.ones(3, 5), torch.ones(3, 5), torch.zeros(5, 5)) == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("damping", (0.01, 0.1))
+def test_inverse_cholesky_is_the_upper_factor_of_the_damped_inverse(kind, damping):
+    gram = problem(kind, SHAPES["wide"]).gram
+    factor, used = linalg.inverse_cholesky(gram, damping)
+    assert used == damping and factor.dtype == torch.float32
+    assert torch.equal(factor, factor.triu()) and bool((factor.diagonal() > 0).all())
+    damped = gram.double() + damping * gram.double().diagonal().mean() * torch.eye(len(gram))
+    wide = factor.double()
+    back = wide.T @ wide @ damped
+    torch.testing.assert_close(back, torch.eye(len(gram), dtype=torch.float64), atol=2e-2, rtol=0)
+
+
+def test_a_failed_cholesky_raises_the_damping_and_returns_it():
+    eigenvalues = torch.cat([torch.full((39,), 1.0), torch.tensor([-0.05])]).double()
+    basis = torch.linalg.qr(torch.randn(40, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).Q
+    gram = ((basis * eigenvalues) @ basis.T).float()
+    factor, used = linalg.inverse_cholesky(gram, 0.01)
+    assert used == pytest.approx(0.1)  # 0.01 · 0.97 < 0.05 < 0.1 · 0.97
+    damped = gram.double() + used * gram.double().diagonal().mean() * torch.eye(40)
+    torch.testing.assert_close(factor.double().T @ factor.double(), torch.linalg.inv(damped), rtol=1e-3, atol=1e-3)
+    assert linalg.inverse_cholesky(gram, 0.0).damping == pytest.approx(0.1)  # 0 → 1e-4 → 1e-3 → 1e-2 → 1e-1
+
+
+def test_what_is_no_gram_matrix_is_refused():
+    with pytest.raises(ValueError, match="failed up to a relative damping of 100000"):
+        linalg.inverse_cholesky(torch.tensor([[1.0, 1e7], [1e7, 1.0]]), 0.01)
+    for bad in (torch.nan, torch.inf):
+        with pytest.raises(ValueError, match="NaN or Inf"):
+            linalg.inverse_cholesky(torch.tensor([[1.0, bad], [bad, 1.0]]), 0.01)
+
+
+def test_a_gram_matrix_of_zeros_has_the_identity_for_a_factor():
+    factor, damping = linalg.inverse_cholesky(torch.zeros(5, 5), 0.01)
+    assert torch.equal(factor, torch.eye(5)) and damping == 0.01
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_largest_eigenvalue_is_found_from_below(kind):
+    gram = problem(kind, LARGE_SHAPES["wide"]).gram
+    exact = float(torch.linalg.eigvalsh(gram.double())[-1])
+    assert 0.999 * exact <= linalg.largest_eigenvalue(gram) <= 1.00001 * exact
+
+
+def test_the_largest_eigenvalue_of_easy_matrices():
+    assert linalg.largest_eigenvalue(torch.zeros(7, 7)) == 0
+    assert linalg.largest_eigenvalue(torch.eye(7)) == pytest.approx(1)
+    assert linalg.largest_eigenvalue(torch.tensor([[4.0]])) == pytest.approx(4)
