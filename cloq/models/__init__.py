@@ -1,7 +1,26 @@
 """All that knows transformers and model folders: where a model is, its tensors, and its blocks."""
 
-from cloq.models.checkpoint import Checkpoint
-from cloq.models.decoder import Batch, Decoder, is_conv1d, is_linear, load_config, load_tokenizer, set_weight
+from cloq.models.checkpoint import Checkpoint, TensorSource
+from cloq.models.decoder import Batch, Decoder
+from cloq.models.linears import is_conv1d, is_linear, linear_shape, set_weight
 from cloq.models.locate import cache_folder, locate
+from cloq.models.quiet import quiet_libraries
+from cloq.models.sample import sample_text
+from cloq.models.skeleton import load_config, load_tokenizer
 
-__all__ = ["Batch", "Checkpoint", "Decoder", "cache_folder", "is_conv1d", "is_linear", "load_config", "load_tokenizer", "locate", "set_weight"]
+__all__ = [
+    "Batch",
+    "Checkpoint",
+    "Decoder",
+    "TensorSource",
+    "cache_folder",
+    "is_conv1d",
+    "is_linear",
+    "linear_shape",
+    "load_config",
+    "load_tokenizer",
+    "locate",
+    "quiet_libraries",
+    "sample_text",
+    "set_weight",
+]

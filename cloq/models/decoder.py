@@ -1,14 +1,16 @@
-"""All that knows transformers: a decoder-only model as a row of blocks whose weights come and go.
+"""A decoder-only model as a row of blocks whose weights come and go.
 
-The model is built without weights (on torch's meta device). What is needed is read from the checkpoint when it is needed and dropped
-afterwards: the embeddings for the way in, one block at a time, the final norm and head for the way out. The model's own forward is what
-runs on the way in and out, with every block's `forward` stood in for; so positions, masks, rotary tables, per-layer variants, embedding
-scales and logit caps are whatever the model says they are.
+The model is built without weights (on torch's meta device). What is needed is read from the checkpoint when it is needed and
+dropped afterwards: the embeddings for the way in, one block at a time, the final norm and head for the way out. The model's own
+forward is what runs on the way in and out, with every block's `forward` stood in for; so positions, masks, rotary tables,
+per-layer variants, embedding scales and logit caps are whatever the model says they are.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +20,24 @@ import torch
 from torch import Tensor, nn
 
 from cloq.errors import ModelError
-from cloq.models.checkpoint import Checkpoint, check_finite
+from cloq.models import linears as kinds
+from cloq.models.checkpoint import Checkpoint, TensorSource, check_finite
+from cloq.models.origins import find_origins
+from cloq.models.probe import returned_values
+from cloq.models.skeleton import build_skeleton, find_blocks, load_config
 
 Call = tuple[tuple, dict[str, Any]]
 """Positional and keyword arguments of a block's forward, after the hidden states."""
 
+StandIn = Callable[[int, Tensor, tuple, dict[str, Any]], Tensor]
+"""Takes a block's place in the model's forward: its index, hidden states and further arguments → what it returns as hidden
+states."""
+
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch on its way through the blocks. hidden: `(sequences, tokens, width)`. calls: further arguments, for each block."""
+    """One micro-batch on its way through the blocks. hidden: `(sequences, tokens, width)`. calls: further arguments, for each
+    block."""
 
     hidden: Tensor
     calls: list[Call]
@@ -35,36 +46,64 @@ class Batch:
 class Decoder:
     """A causal language model, streamed block by block from a folder.
 
-    folder: a Hugging Face folder with safetensors. device, dtype: where and in what precision blocks compute; the checkpoint's own
-    precision does not matter. Raises `ModelError` for anything that is not a decoder whose blocks hold linear layers.
+    folder: a Hugging Face folder with safetensors. device, dtype: where and in what precision blocks compute; the checkpoint's
+    own precision does not matter. tensors: where weights are read from, by default the folder's files as they are; for a folder
+    with quantized weights, a source that decodes them.
+
+    Opening reads no weight. Raises `ModelError` for anything that is not a decoder whose blocks hold linear layers, for tensors
+    that are missing or of another shape, and for quantized weights without a source that decodes them.
     """
 
-    def __init__(self, folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32, trust_remote_code: bool = False):
+    def __init__(
+        self,
+        folder: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        trust_remote_code: bool = False,
+        *,
+        tensors: TensorSource | None = None,
+    ):
         self.folder, self.device, self.dtype = Path(folder), torch.device(device), dtype
-        self.config, self.model = _skeleton(self.folder, dtype, trust_remote_code)
-        self.checkpoint = Checkpoint(self.folder)
-        self.source_names = _source_names(self.model, self.checkpoint)
-        self.prefix, self.blocks = _find_blocks(self.model)
-        self._returns_tuple = False
+        self.config = load_config(self.folder, trust_remote_code)
+        if tensors is None:
+            _refuse_quantized(self.folder, self.config)
+        self.model = build_skeleton(self.config, dtype, trust_remote_code)
+        self.prefix, self.blocks = find_blocks(self.model)
+        self.checkpoint: TensorSource = Checkpoint(self.folder) if tensors is None else tensors
+        self.source_names = find_origins(self.model, self.checkpoint)
+        self._check_tensors()
 
-    # -- what is there -------------------------------------------------------------------------------------------------
+    # -- what is there, without any weight -----------------------------------------------------------------------------
 
     def block_name(self, index: int) -> str:
         return f"{self.prefix}.{index}"
 
     def linears(self, index: int) -> dict[str, nn.Module]:
-        """Linear layers of a block by full name, in the order of definition. transformers' Conv1D counts, a subclass with its own
-        forward (an expert router) does not."""
-        found = self.blocks[index].named_modules(prefix=self.block_name(index))
-        return {name: module for name, module in found if is_linear(module)}
+        """Linear layers of a block by full name, in the order of definition, without the routers of experts."""
+        block, left_out = self.blocks[index], set(kinds.routers(self.blocks[index]))
+        return {f"{self.block_name(index)}.{n}": m for n, m in block.named_modules() if kinds.is_linear(m) and n not in left_out}
 
     def all_linears(self) -> list[str]:
-        """Full names of every linear layer in every block, in order."""
+        """Full names of the linear layers of all blocks, in order."""
         return [name for index in range(len(self.blocks)) for name in self.linears(index)]
 
+    def routers(self, index: int) -> list[str]:
+        """Full names of a block's plain linear layers that choose or weigh experts; see `cloq.models.linears.routers`."""
+        return [f"{self.block_name(index)}.{name}" for name in kinds.routers(self.blocks[index])]
+
     def fused_experts(self, index: int) -> list[str]:
-        """Names of weights with three dimensions: experts fused into one parameter, which hooks on modules do not see."""
-        return [name for name, p in self.blocks[index].named_parameters(prefix=self.block_name(index)) if p.ndim > 2]
+        """Full names of a block's weights that belong to no linear layer; see `cloq.models.linears.fused_experts`."""
+        return [f"{self.block_name(index)}.{name}" for name in kinds.fused_experts(self.blocks[index])]
+
+    def block_parameters(self, index: int) -> int:
+        """How many parameters a block has."""
+        return sum(p.numel() for p in self.blocks[index].parameters())
+
+    def outer_parameters(self) -> int:
+        """How many parameters everything but the blocks has; tied ones count once."""
+        tied = self.tied_names()
+        own = (pair for name, module in self._outer_modules() for pair in module.named_parameters(name, recurse=False))
+        return sum(parameter.numel() for name, parameter in own if name not in tied)
 
     @property
     def max_positions(self) -> int | None:
@@ -72,113 +111,174 @@ class Decoder:
         text = self.config.get_text_config()
         return getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
 
+    def tied_names(self) -> dict[str, str]:
+        """Parameters that are another one: name → the name of the one whose tensor is in the files.
+
+        As in `from_pretrained`: the configuration says what is tied, the files say which of the two is stored, and two stored
+        tensors that differ are not tied.
+        """
+        return self._tied
+
+    @functools.cached_property
+    def _tied(self) -> dict[str, str]:
+        tied = {}
+        for target, source in (getattr(self.model, "all_tied_weights_keys", None) or {}).items():
+            if target not in self.source_names:
+                tied[target] = source
+            elif source not in self.source_names:
+                tied[source] = target
+            elif torch.equal(self.read(target), self.read(source)):
+                tied[target] = source
+        return {name: tied.get(other, other) for name, other in tied.items()}
+
+    def _check_tensors(self) -> None:
+        kind, tied = type(self.model).__name__, getattr(self.model, "all_tied_weights_keys", None) or {}
+        either = {*tied, *tied.values()}
+        inside = [name for name in either if name.startswith(self.prefix + ".")]
+        if inside:
+            raise ModelError(f"{kind} ties weights inside its blocks, such as {inside[0]}; that is not supported")
+        missing = [n for n in self.model.state_dict(keep_vars=True) if n not in self.source_names and n not in either]
+        missing += [f"{s} or {t}" for t, s in tied.items() if s in either - set(tied) and not {s, t} & set(self.source_names)]
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise ModelError(f"{self.folder} lacks the tensor {missing[0]}{more} that {kind} needs; fetch the model again")
+        for name, origin in self.source_names.items():
+            found, wanted = origin.shape(self.checkpoint, self.model), tuple(_tensor(self.model, name).shape)
+            if found != wanted:
+                raise ModelError(
+                    f"{name} is {found} in {self.folder} but {wanted} by its config.json; they do not belong together"
+                )
+
     # -- weights come and go -------------------------------------------------------------------------------------------
 
     def read(self, name: str) -> Tensor:
-        """A parameter by its name in the model, in its stored dtype, checked for NaN and Inf."""
+        """A parameter or stored buffer by its name in the model, in its stored dtype, checked for NaN and Inf."""
         if name not in self.source_names:
-            raise ModelError(f"{self.folder} lacks the tensor {name} that {type(self.model).__name__} needs; the checkpoint is incomplete")
-        return check_finite(self.checkpoint.read(self.source_names[name]), name)
+            raise ModelError(f"{self.folder} has no tensor for {name} of {type(self.model).__name__}")
+        return check_finite(self.source_names[name].read(self.checkpoint, self.model), name)
 
     def weight(self, name: str, module: nn.Module) -> Tensor:
         """A linear layer's weight as `(out, in)` float32 on the device, whatever way round the module stores it."""
         stored = self.read(f"{name}.weight").to(self.device, torch.float32)
-        return stored.T if is_conv1d(module) else stored
+        return stored.T.contiguous() if kinds.is_conv1d(module) else stored
 
     def load_block(self, index: int) -> nn.Module:
         """The block with its weights in place, in eval mode."""
         block = self.blocks[index]
-        self._fill(block, self.block_name(index))
+        for path, module in block.named_modules(prefix=self.block_name(index)):
+            self._fill(module, path)
         return block.eval()
 
     def drop_block(self, index: int) -> None:
-        _empty(self.blocks[index])
+        """Frees the block's weights."""
+        for module in self.blocks[index].modules():
+            _empty(module)
 
     @contextlib.contextmanager
     def outer(self) -> Iterator[None]:
-        """Everything but the blocks in place: embeddings, final norm, head."""
-        inside = {id(p) for p in self.blocks.parameters()}
-        parts = [(n, m) for n, m in self.model.named_modules() if m._parameters and not any(id(p) in inside for p in m.parameters(recurse=False))]
-        for name, module in parts:
-            self._fill(module, name, recurse=False)
-        self.model.tie_weights()
-        self.model.eval()
+        """Everything but the blocks in place: embeddings, final norm, head. Inside another `outer()` it does nothing."""
+        parts = [(name, m) for name, m in self._outer_modules() if _is_empty(m) or not list(m.parameters(recurse=False))]
+        tied = self.tied_names()
         try:
+            for name, module in parts:
+                self._fill(module, name, leave=tied)
+            for name, other in tied.items():
+                owner, leaf = _owner(self.model, name)
+                owner._parameters[leaf] = self.model.get_parameter(other)
             yield
         finally:
             for _, module in parts:
-                _empty(module, recurse=False)
+                _empty(module)
 
-    def _fill(self, module: nn.Module, prefix: str, recurse: bool = True) -> None:
-        for name, parameter in list(module.named_parameters(prefix=prefix, recurse=recurse)):
-            if parameter.device.type != "meta":
-                continue
-            if name not in self.source_names and name in self.tied_names():
-                continue
-            owner, leaf = _owner(module, name.removeprefix(prefix + "."))
-            value = self.read(name)
-            if value.shape != parameter.shape:
-                raise ModelError(f"{name} is {tuple(value.shape)} in the checkpoint but {tuple(parameter.shape)} in the configuration")
-            owner._parameters[leaf] = nn.Parameter(value.to(self.device, self.dtype), requires_grad=False)
-        for name, buffer in list(module.named_buffers(prefix=prefix, recurse=recurse)):
-            owner, leaf = _owner(module, name.removeprefix(prefix + "."))
-            if name in self.source_names and leaf not in owner._non_persistent_buffers_set:
-                buffer = self.checkpoint.read(self.source_names[name]).to(buffer.dtype)
-            owner._buffers[leaf] = buffer.to(self.device)
+    def _outer_modules(self) -> list[tuple[str, nn.Module]]:
+        inside = {id(m) for m in self.blocks.modules()}
+        return [(name, m) for name, m in self.model.named_modules() if id(m) not in inside and (m._parameters or m._buffers)]
 
-    def tied_names(self) -> dict[str, str]:
-        return getattr(self.model, "all_tied_weights_keys", None) or {}
+    def _fill(self, module: nn.Module, path: str, leave: dict[str, str] | None = None) -> None:
+        """Reads the module's own parameters and buffers, in the dtypes that the model gives them; not those of its parts."""
+        for leaf, parameter in module._parameters.items():
+            name = f"{path}.{leaf}".lstrip(".")
+            if parameter is not None and parameter.device.type == "meta" and name not in (leave or ()):
+                module._parameters[leaf] = nn.Parameter(self.read(name).to(self.device, parameter.dtype), requires_grad=False)
+        for leaf, buffer in module._buffers.items():
+            if buffer is not None:
+                name = f"{path}.{leaf}".lstrip(".")
+                stored = leaf not in module._non_persistent_buffers_set
+                module._buffers[leaf] = self.read(name).to(self.device, buffer.dtype) if stored else buffer.to(self.device)
 
     # -- the way in, through, and out ----------------------------------------------------------------------------------
 
     @torch.no_grad()
     def enter(self, tokens: Tensor, batch_tokens: int) -> list[Batch]:
-        """Runs the model's own way in on `tokens (sequences, length)` and returns what the first block gets and what every block is
-        called with, in micro-batches of about `batch_tokens` tokens. Equal arguments of different batches are kept once."""
+        """Runs the model's own way in on `tokens (sequences, length)` and returns what the first block gets and what every
+        block is called with, in micro-batches of about `batch_tokens` tokens. Equal arguments of different batches are kept
+        once."""
+        self.check_streamable()
         size = max(1, batch_tokens // tokens.shape[1])
         kept: list[Tensor] = []
         with self.outer():
             return [self._enter_one(chunk.to(self.device), kept) for chunk in tokens.split(size)]
 
     def _enter_one(self, tokens: Tensor, kept: list[Tensor]) -> Batch:
-        seen: dict[int, tuple[Tensor, Call]] = {}
+        first: list[Tensor] = []
+        calls: list[Call] = []
 
         def record(index: int, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor:
-            seen[index] = (hidden, (_intern(args, kept), _intern(kwargs, kept)))
+            if index == 0:
+                first.append(hidden)
+            calls.append((_intern(args, kept), _intern(kwargs, kept)))
             return hidden
 
-        self._with_blocks(record, tokens, logits_to_keep=1)
-        if len(seen) != len(self.blocks):
-            raise ModelError(f"{type(self.model).__name__} ran {len(seen)} of {len(self.blocks)} blocks in one forward; it cannot be streamed")
-        return Batch(seen[0][0], [seen[i][1] for i in range(len(self.blocks))])
+        self.stand_in(record, tokens, last_only=True)
+        return Batch(first[0], calls)
 
     @torch.no_grad()
     def run_block(self, index: int, batch: Batch) -> Tensor:
-        """The block's output hidden states for one micro-batch."""
+        """The block's output hidden states for one micro-batch. Needs `load_block(index)`."""
         args, kwargs = batch.calls[index]
         output = self.blocks[index](batch.hidden, *args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        return output[0] if isinstance(output, (tuple, list)) else output
 
     @torch.no_grad()
     def leave(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """Logits `(sequences, length, vocabulary)` from the last block's output. Needs `outer()`."""
+        self.check_streamable()
         last = len(self.blocks) - 1
-        return self._with_blocks(lambda index, h, args, kwargs: hidden if index == last else h, tokens.to(self.device))
+        return self.stand_in(lambda index, h, args, kwargs: hidden if index == last else h, tokens.to(self.device))
 
-    def _with_blocks(self, stand_in: Callable[[int, Tensor, tuple, dict], Tensor], tokens: Tensor, **extra) -> Tensor:
-        def forward_of(index: int):
+    def check_streamable(self) -> None:
+        """Raises `ModelError` if the model's blocks cannot be run one by one in its stead: see `cloq.models.probe`. Looked at
+        once; reads the outer parts and the first block of every kind."""
+        self._returned_values  # noqa: B018 - computed on first access
+
+    @functools.cached_property
+    def _returned_values(self) -> dict[type, int | None]:
+        return returned_values(self)
+
+    def stand_in(
+        self, stand_in: StandIn, tokens: Tensor, last_only: bool = False, returned: dict[type, int | None] | None = None
+    ) -> Tensor:
+        """The model's forward on `tokens` with `stand_in` in the place of every block; its logits, of the last position alone
+        where `last_only`. returned: how many values blocks of each class return, where that is still being found out. Needs
+        `outer()`.
+        """
+        returned = self._returned_values if returned is None else returned
+
+        def forward_of(index: int, block: nn.Module):
+            parameter = next(iter(inspect.signature(block.forward).parameters))
+
             def forward(*args, **kwargs):
-                if args:
-                    hidden, args = args[0], args[1:]
-                else:
-                    hidden = kwargs.pop("hidden_states")
+                hidden, args = (args[0], args[1:]) if args else (kwargs.pop(parameter), args)
                 output = stand_in(index, hidden, args, kwargs)
-                return (output,) if self._returns_tuple else output
+                length = returned[type(block)]
+                return output if length is None else (output,) + (None,) * (length - 1)
 
             return forward
 
+        shortened = last_only and "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        extra = {"logits_to_keep": 1} if shortened else {}
         for index, block in enumerate(self.blocks):
-            block.forward = forward_of(index)
+            block.forward = forward_of(index, block)
         try:
             return self.model(input_ids=tokens, use_cache=False, **extra).logits
         finally:
@@ -186,117 +286,40 @@ class Decoder:
                 del block.forward
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """transformers' Conv1D (GPT-2): a linear layer whose weight is stored `(in, out)`."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+def _refuse_quantized(folder: Path, config) -> None:
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return
+    values = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    raise ModelError(
+        f"{folder} is already quantized ({values.get('quant_method', 'by an unknown method')}); pass the original 16-bit model. "
+        f"To fit adapters to this base as it is, run: cloq init --dense ORIGINAL --quantized {folder}"
+    )
 
 
-def is_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear or is_conv1d(module)
-
-
-def set_weight(module: nn.Module, weight: Tensor) -> None:
-    """Puts an `(out, in)` weight into a linear layer, in the layer's dtype and way round."""
-    current = module.weight
-    value = weight.T if is_conv1d(module) else weight
-    module.weight = nn.Parameter(value.to(current.device, current.dtype).contiguous(), requires_grad=False)
-
-
-def load_config(folder: Path, trust_remote_code: bool = False):
-    """The folder's configuration; `ModelError` if it is missing, unreadable, or of a model that transformers does not know."""
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ModelError(f"{folder}/config.json does not describe a model that transformers knows ({first[:300]})") from error
-
-
-def load_tokenizer(folder: Path, trust_remote_code: bool = False):
-    """The folder's tokenizer; `ModelError` if there is none."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # tokenizer back ends raise types of their own
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{folder} has no usable tokenizer ({first[:300]})") from error
-
-
-def _skeleton(folder: Path, dtype: torch.dtype, trust_remote_code: bool):
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    config = load_config(folder, trust_remote_code)
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"{folder} is an encoder-decoder ({config.model_type}); cloq takes decoder-only causal language models")
-    bare = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(bare, dtype=dtype, attn_implementation="sdpa", trust_remote_code=trust_remote_code)
-    except ValueError as error:
-        if "attention" in str(error).lower() and "support" in str(error).lower():
-            with init_empty_weights(include_buffers=False):
-                model = AutoModelForCausalLM.from_config(bare, dtype=dtype, attn_implementation="eager", trust_remote_code=trust_remote_code)
-        else:
-            raise ModelError(f"{folder} holds a {config.model_type}, which is not a causal language model that transformers can build") from error
-    if not getattr(bare, "is_decoder", False) and type(model).__name__ in _NEEDS_IS_DECODER:
-        raise ModelError(f"{folder} holds {type(model).__name__}, an encoder unless its configuration says is_decoder; cloq takes decoders")
-    return config, model
-
-
-_NEEDS_IS_DECODER = {"BertLMHeadModel", "RobertaForCausalLM", "XLMRobertaForCausalLM", "ElectraForCausalLM", "CamembertForCausalLM"}
-
-
-def _source_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
-    """Names in the model → names in the files, by transformers' own rules for renamed keys and base-model prefixes."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    wanted = dict(model.state_dict(keep_vars=True))
-    mapping = get_model_conversion_mapping(model)
-    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
-    converters = [m for m in mapping if isinstance(m, WeightConverter)]
-    found = {}
-    for source in checkpoint.names:
-        target, converted = rename_source_key(source, renamings, converters, model.base_model_prefix, wanted)
-        if converted is None and target in wanted:
-            found[target] = source
-    return found
-
-
-def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The decoder's row of blocks: of all module lists that are not inside another one, the one with the most weights in linear layers."""
-
-    def size(blocks: nn.ModuleList) -> int:
-        return sum(m.weight.numel() for m in blocks.modules() if is_linear(m))
-
-    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
-    outermost = {n: m for n, m in lists.items() if not any(n.startswith(other + ".") for other in lists if other != n)}
-    best = max(outermost, key=lambda name: size(outermost[name]), default=None)
-    if best is None or size(outermost[best]) == 0:
-        raise ModelError(f"{type(model).__name__} has no row of blocks that hold linear layers; cloq takes decoder-only language models")
-    blocks = outermost[best]
-    if len({id(b) for b in blocks}) != len(blocks):
-        raise ModelError(f"{type(model).__name__} uses the same block more than once; shared blocks are not supported")
-    return best, blocks
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    owner, leaf = _owner(model, name)
+    return getattr(owner, leaf)
 
 
 def _owner(module: nn.Module, dotted: str) -> tuple[nn.Module, str]:
-    *path, leaf = dotted.split(".")
-    return module.get_submodule(".".join(path)), leaf
+    path, _, leaf = dotted.rpartition(".")
+    return module.get_submodule(path), leaf
 
 
-def _empty(module: nn.Module, recurse: bool = True) -> None:
-    for part in module.modules() if recurse else [module]:
-        for leaf, parameter in part._parameters.items():
-            if parameter is not None and parameter.device.type != "meta":
-                part._parameters[leaf] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+def _is_empty(module: nn.Module) -> bool:
+    return any(p is not None and p.device.type == "meta" for p in module._parameters.values())
+
+
+def _empty(module: nn.Module) -> None:
+    for leaf, parameter in module._parameters.items():
+        if parameter is not None and parameter.device.type != "meta":
+            module._parameters[leaf] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
 
 
 def _intern(value: Any, kept: list[Tensor]) -> Any:
-    """The same structure with every tensor replaced by an equal one that was seen before, so that what batches share is stored once."""
+    """The same structure with every tensor replaced by an equal one that was seen before, so that what batches share is stored
+    once."""
     if isinstance(value, Tensor):
         for other in kept:
             if other is value or (other.shape == value.shape and other.dtype == value.dtype and torch.equal(other, value)):

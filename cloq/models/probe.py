@@ -1,0 +1,115 @@
+"""Can a model's blocks be run one by one in its stead? Found out on a few tokens, for any architecture.
+
+Streaming is right if and only if
+
+    1. every block runs once per forward, in order, on hidden states `(sequences, tokens, width)`;
+    2. what a block returns is what the next one gets: the model does nothing to hidden states in between;
+    3. a block's other arguments do not depend on what earlier blocks computed (no state is handed from block to block);
+    4. a token's output does not depend on later tokens, or the model is not a decoder.
+
+Each is checked by running the model's own forward twice with stand-ins in the blocks' places. Only the first block of every
+class is really run, which also tells what its forward returns: hidden states alone, or a tuple that begins with them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from cloq.errors import CloqError, ModelError
+
+if TYPE_CHECKING:
+    from cloq.models.decoder import Decoder
+
+_TOKENS = 8
+
+
+@torch.no_grad()
+def returned_values(decoder: Decoder) -> dict[type, int | None]:
+    """For every class of block: `None` if its forward returns hidden states alone, else the length of the tuple that it returns.
+
+    Raises `ModelError` if one of the four conditions does not hold, with the condition.
+
+    """
+    name = type(decoder.model).__name__
+    tokens = (torch.arange(_TOKENS) % decoder.config.get_text_config().vocab_size)[None].to(decoder.device)
+    try:
+        with decoder.outer():
+            return _run_twice(decoder, tokens)
+    except CloqError:
+        raise
+    except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError, AssertionError) as error:
+        first = (str(error).strip().splitlines() or [""])[0][:200]
+        raise ModelError(
+            f"{name} cannot be run block by block ({type(error).__name__}: {first}); cloq cannot stream it"
+        ) from error
+
+
+def _run_twice(decoder: Decoder, tokens: Tensor) -> dict[type, int | None]:
+    name = type(decoder.model).__name__
+    returned: dict[type, int | None] = {}
+    calls: list[tuple] = []
+    previous: list[Tensor] = []
+
+    def first(index: int, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor:
+        if index != len(calls):
+            raise ModelError(f"{name} does not run its blocks once and in order; cloq cannot stream it")
+        if hidden.ndim != 3 or hidden.shape[:2] != tokens.shape:
+            raise ModelError(
+                f"{name} hands its blocks hidden states of shape {tuple(hidden.shape)}; cloq streams (sequences, tokens, width)"
+            )
+        if index and not torch.equal(hidden, previous[0]):
+            raise ModelError(f"{name} changes hidden states between block {index - 1} and {index}; cloq cannot stream it")
+        calls.append((args, kwargs))
+        kind = type(decoder.blocks[index])
+        if kind not in returned:
+            hidden, returned[kind] = _really(decoder, index, hidden, args, kwargs)
+        previous[:] = [hidden]
+        return hidden
+
+    def second(index: int, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor:
+        if not _same(calls[index], (args, kwargs)):
+            raise ModelError(f"{name} calls block {index} with what earlier blocks computed; cloq cannot stream it")
+        return hidden.flip(-1) + 1
+
+    decoder.stand_in(first, tokens, returned=returned)
+    if len(calls) != len(decoder.blocks):
+        raise ModelError(f"{name} ran {len(calls)} of {len(decoder.blocks)} blocks in one forward; cloq cannot stream it")
+    decoder.stand_in(second, tokens, returned=returned)
+    return returned
+
+
+def _really(decoder: Decoder, index: int, hidden: Tensor, args: tuple, kwargs: dict) -> tuple[Tensor, int | None]:
+    """The block's own output and the number of values it returns; refuses a block that looks ahead."""
+    block = decoder.blocks[index]
+    was_empty = any(p.device.type == "meta" for p in block.parameters())
+    if was_empty:
+        decoder.load_block(index)
+    forward = type(block).forward
+    output = forward(block, hidden, *args, **kwargs)
+    changed = hidden.clone()
+    changed[:, -1] = changed[:, -1].flip(-1) + 1
+    other = forward(block, changed, *args, **kwargs)
+    if was_empty:
+        decoder.drop_block(index)
+    length = len(output) if isinstance(output, (tuple, list)) else None
+    plain, other = (output, other) if length is None else (output[0], other[0])
+    tolerance = (1e-5 if plain.dtype == torch.float32 else 1e-2) * float(plain.abs().max())
+    if float((plain - other)[:, :-1].abs().max()) > tolerance:
+        raise ModelError(
+            f"{type(decoder.model).__name__} is not a causal decoder as config.json has it: a token's output depends on later "
+            "tokens. cloq takes decoder-only causal language models"
+        )
+    return plain, length
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return isinstance(one, Tensor) and isinstance(other, Tensor) and one.shape == other.shape and torch.equal(one, other)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
+        return len(one) == len(other) and all(_same(a, b) for a, b in zip(one, other, strict=True))
+    return True

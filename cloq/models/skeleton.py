@@ -1,0 +1,93 @@
+"""config.json → the model's modules without any weight, and the row of blocks in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from cloq.errors import ModelError
+from cloq.models.linears import is_linear
+
+
+def load_config(folder: str | Path, trust_remote_code: bool = False):
+    """The folder's configuration; `ModelError` if it is missing, unreadable, or of a model that transformers does not know."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise ModelError(
+            f"{folder}/config.json does not describe a model that transformers knows ({_reason(error, trust_remote_code)})"
+        ) from error
+
+
+def load_tokenizer(folder: str | Path, trust_remote_code: bool = False):
+    """The folder's tokenizer; `ModelError` if there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # tokenizer back ends raise types of their own
+        raise ModelError(f"{folder} has no usable tokenizer ({_reason(error, trust_remote_code)})") from error
+
+
+def build_skeleton(config, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
+    """The causal language model that a configuration describes, in eval mode, with parameters on the meta device and buffers
+    computed.
+
+    Raises `ModelError` for a configuration that is not of a decoder-only language model.
+
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{config.model_type} is an encoder-decoder; cloq takes decoder-only causal language models")
+    bare = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
+    try:
+        with init_empty_weights(include_buffers=False), no_init_weights():
+            model = AutoModelForCausalLM.from_config(bare, dtype=dtype, trust_remote_code=trust_remote_code)
+    except (ValueError, ImportError, OSError) as error:
+        reason = _reason(error, trust_remote_code)
+        raise ModelError(f"{config.model_type} is not a causal language model that transformers can build ({reason})") from error
+    return model.eval()
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The decoder's row of blocks: of all module lists that are not inside another one, the one with the most weights in linear
+    layers.
+
+    Raises `ModelError` if there is none, or if blocks are used more than once.
+
+    """
+
+    def size(blocks: nn.ModuleList) -> int:
+        return sum(m.weight.numel() for m in blocks.modules() if is_linear(m))
+
+    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    outermost = {n: m for n, m in lists.items() if not any(n.startswith(other + ".") for other in lists if other != n)}
+    best = max(outermost, key=lambda name: size(outermost[name]), default=None)
+    if best is None or size(outermost[best]) == 0:
+        raise ModelError(
+            f"{type(model).__name__} has no row of blocks that hold linear layers; cloq takes decoder-only language models"
+        )
+    blocks = outermost[best]
+    owners: dict[int, int] = {}
+    for index, block in enumerate(blocks):
+        for part in block.modules():
+            if owners.setdefault(id(part), index) != index and any(True for _ in part.parameters()):
+                raise ModelError(
+                    f"{type(model).__name__} uses the same layers in several blocks; shared blocks are not supported"
+                )
+    return best, blocks
+
+
+def _reason(error: Exception, trust_remote_code: bool) -> str:
+    text = str(error)
+    if not trust_remote_code and "trust_remote_code" in text:
+        return "it brings its own Python code; read that code, and if you trust it, pass --trust-remote-code"
+    first = (text.strip().splitlines() or [type(error).__name__])[0]
+    return first[:300]
