@@ -1,0 +1,156 @@
+"""Each initializer against the equations of its paper, written out naively in float64."""
+
+import pytest
+import torch
+
+from cloq.initializers import Cloq, Eora, Loftq, Pissa, Qera, Svd, Zero, closed_form
+from cloq.quantizers import Nf4, Rtn
+from tests.problems import KINDS, SHAPES, optimum, output_error, problem, root
+
+QUANTIZER = Rtn(2, 32)
+SHAPE = SHAPES["tall"]
+RANK = 7
+
+
+def fit(initializer, p, quantizer=QUANTIZER, rank=RANK):
+    quantized, factors = initializer.initialize(p.weight, p.stats, lambda w: quantizer.quantize(w, p.stats), rank)
+    return quantized, factors, p.weight - quantized.dequantize()
+
+
+def truncated(matrix, rank=RANK):
+    u, s, vt = torch.linalg.svd(matrix.double(), full_matrices=False)
+    return u[:, :rank] * s[:rank] @ vt[:rank]
+
+
+def balanced(factors) -> bool:
+    return torch.allclose(factors.B.T @ factors.B, factors.A @ factors.A.T, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("split", ("paper", "balanced"))
+def test_cloq_is_the_closed_form_of_the_error(split):
+    p = problem("power law", SHAPE)
+    _, factors, error = fit(Cloq(split), p)
+    expected = closed_form(error, p.gram, RANK, split).factors
+    assert torch.equal(factors.A, expected.A) and torch.equal(factors.B, expected.B)
+
+
+def test_zero_starts_at_nothing_and_by_its_seed():
+    p = problem("power law", SHAPE)
+    _, factors, _ = fit(Zero(), p)
+    assert not factors.B.any() and bool(factors.A.any())
+    bound = SHAPE[1] ** -0.5
+    assert float(factors.A.abs().max()) <= bound and float(factors.A.abs().max()) > 0.9 * bound
+    assert float(factors.A.std()) == pytest.approx(bound / 3**0.5, rel=0.1)
+    assert not torch.equal(factors.A, fit(Zero(seed=1), p)[1].A)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_svd_truncates_the_error_whatever_the_data(kind):
+    p = problem(kind, SHAPE)
+    _, factors, error = fit(Svd(), p)
+    torch.testing.assert_close(factors.delta(), truncated(error).float(), rtol=0, atol=1e-5)
+    assert balanced(factors)
+
+
+def test_one_round_of_loftq_is_the_svd():
+    p = problem("power law", SHAPE)
+    once, factors, _ = fit(Loftq(1), p)
+    plain, expected, _ = fit(Svd(), p)
+    assert torch.equal(once.codes, plain.codes) and torch.equal(factors.delta(), expected.delta())
+
+
+@pytest.mark.parametrize("quantizer", (Rtn(2, 32), Rtn(3, None, symmetric=True), Nf4()), ids=str)
+@pytest.mark.parametrize("rounds", (2, 5))
+def test_loftq_alternates_as_its_algorithm_says(quantizer, rounds):
+    p = problem("well conditioned", SHAPE)
+    quantized, factors, error = fit(Loftq(rounds), p, quantizer)
+    product = torch.zeros(SHAPE, dtype=torch.float64)
+    for _ in range(rounds):
+        expected = quantizer.quantize((p.weight - product).float())
+        product = truncated(p.weight - expected.dequantize())
+    # a code on the edge may fall to either side, and the rounds carry it on: the errors agree, nearly all codes do
+    assert float((quantized.codes != expected.codes).float().mean()) < 0.01
+    naive = float((p.weight - expected.dequantize() - product).norm())
+    assert float((error - factors.delta()).norm()) == pytest.approx(naive, rel=1e-2)
+    assert balanced(factors)
+
+
+def test_loftq_lowers_the_weight_error():
+    p = problem("well conditioned", SHAPE)
+    _, plain, error = fit(Svd(), p)
+    _, factors, remaining = fit(Loftq(5), p)
+    assert float((remaining - factors.delta()).norm()) < float((error - plain.delta()).norm())
+
+
+def test_loftq_needs_a_round():
+    with pytest.raises(ValueError, match="at least one round, got iterations=0"):
+        Loftq(0)
+
+
+@pytest.mark.parametrize("kind", ["well conditioned", "power law", "rank deficient", "outlier channel", "collinear", "tiny"])
+def test_qera_is_the_scaled_svd_of_its_paper(kind):
+    p = problem(kind, SHAPE)
+    _, factors, error = fit(Qera(), p)
+    s = p.inputs.double().square().mean(0).sqrt()
+    torch.testing.assert_close(factors.delta(), (truncated(error * s) / s).float(), rtol=1e-3, atol=1e-4)
+    assert balanced(factors)
+
+
+@pytest.mark.parametrize("kind", ["dead channels", "outlier and dead"])
+def test_qera_with_dead_inputs_is_the_limit_of_small_ones(kind):
+    p = problem(kind, SHAPE)
+    _, factors, error = fit(Qera(), p)
+    energy = p.gram.diagonal().double()
+    s = torch.where(energy > 0, energy, 1e-9).sqrt()
+    torch.testing.assert_close(factors.delta(), (truncated(error * s) / s).float(), rtol=1e-3, atol=1e-5)
+    best = optimum(error, torch.diag(energy), RANK)
+    left = error.double() - factors.delta().double()
+    assert output_error(left, torch.diag(energy)) <= 1.001 * best + 1e-12 * float(energy.sum())
+
+
+def test_qera_is_cloq_where_the_inputs_are_uncorrelated():
+    p = problem("well conditioned", SHAPE)
+    x = torch.linalg.qr(p.inputs).Q * torch.linspace(1, 9, SHAPE[1])
+    p = p._replace(inputs=x)
+    delta, expected = fit(Qera(), p)[1].delta(), fit(Cloq(), p)[1].delta()
+    torch.testing.assert_close(delta, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_eora_is_the_paper_form_of_cloqs_optimum(kind):
+    p = problem(kind, SHAPE)
+    _, factors, error = fit(Eora(), p)
+    total = output_error(error, p.gram)
+    direct = output_error(error.double() - factors.delta().double(), p.gram)
+    assert direct == pytest.approx(optimum(error, p.gram, RANK), rel=1e-3, abs=1e-6 * total)
+
+
+@pytest.mark.parametrize("kind", ["well conditioned", "power law", "mostly constant"])
+def test_eora_shares_the_singular_values_in_the_eigenspace(kind):
+    """`B = P σ^{1/2}` and `A S = σ^{1/2} Rᵀ`, with the twin's own root and its plain inverse."""
+    p = problem(kind, SHAPE)
+    _, factors, error = fit(Eora(), p)
+    S = root(p.gram)
+    sigma = torch.linalg.svdvals(error.double() @ S)[:RANK]
+    B, A = factors.B.double(), factors.A.double()
+    torch.testing.assert_close(B.T @ B, torch.diag(sigma), rtol=1e-3, atol=1e-4 * float(sigma[0]))
+    torch.testing.assert_close(A @ S @ S.T @ A.T, torch.diag(sigma), rtol=1e-3, atol=1e-4 * float(sigma[0]))
+    expected = truncated(error.double() @ S) @ torch.linalg.inv(S)
+    torch.testing.assert_close(B @ A, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+def test_pissa_quantizes_what_the_principal_part_leaves():
+    p = problem("power law", SHAPE)
+    quantized, factors, _ = fit(Pissa(), p)
+    principal = truncated(p.weight)
+    torch.testing.assert_close(factors.delta(), principal.float(), rtol=0, atol=1e-5)
+    assert balanced(factors)
+    expected = QUANTIZER.quantize(p.weight - factors.delta())
+    assert torch.equal(quantized.codes, expected.codes) and torch.equal(quantized.scale, expected.scale)
+
+
+def test_pissa_gains_where_the_weight_has_a_strong_principal_part():
+    p = problem("power law", SHAPE)
+    p = p._replace(weight=p.weight + torch.linspace(-1, 1, SHAPE[0])[:, None] @ torch.linspace(1, 2, SHAPE[1])[None])
+    _, factors, left = fit(Pissa(), p)
+    assert float((left - factors.delta()).norm()) < 0.1 * float(fit(Zero(), p)[2].norm())
