@@ -22,7 +22,7 @@ _PUBLIC = {
     "CloqError": "cloq.errors",
 }
 
-__all__ = ["__version__", *_PUBLIC]
+__all__ = ["CalibSpec", "CloqError", "LoraSpec", "QuantSpec", "Rule", "RunSpec", "__version__", "closed_form", "load", "quantize"]
 
 if TYPE_CHECKING:
     from cloq.api import quantize

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from cloq.calibration import CalibrationTokens
     from cloq.evaluate import Quality
     from cloq.models import Decoder
+    from cloq.report import Report
     from cloq.store import LayerSummary
 
 Emit = Callable[[str, dict[str, Any]], None]
@@ -35,7 +37,7 @@ RUN_FILE = "run.yaml"
 @dataclass(frozen=True)
 class RunResult:
     """A finished run. layers: layout and metrics by full layer name. seconds: of this call. phases: seconds by phase.
-    base: the folder of the quantized base, `out/model` or the one that was given."""
+    base: the folder of the quantized base, `out/model` or the one that was given. report: what report.json says."""
 
     out: Path
     spec: RunSpec
@@ -43,6 +45,7 @@ class RunResult:
     seconds: float
     phases: dict[str, float]
     base: Path
+    report: Report | None = None
 
     @property
     def adapter(self) -> Path:
@@ -64,6 +67,7 @@ def run(spec: RunSpec, out: str | Path, *, restart: bool = False, emit: Emit | N
     from cloq.export import FORMATS, write_adapter, write_model
     from cloq.export.read import QuantizedFolder
     from cloq.models import locate
+    from cloq.report import write_report
     from cloq.store import Store
 
     phases: dict[str, float] = {}
@@ -93,8 +97,9 @@ def run(spec: RunSpec, out: str | Path, *, restart: bool = False, emit: Emit | N
         write_run_file(spec, store.out)
         tee("phase", {"phase": "export", "seconds": time.perf_counter() - exporting})
         result = RunResult(store.out, spec, store.summaries(), time.perf_counter() - started, phases, base)
-        _write_report(result)
-    return result
+        report = _report(result, decoder, None if given else form, pipeline.versions())
+        write_report(store.out, report)
+    return dataclasses.replace(result, report=report)
 
 
 def open_decoder(spec: RunSpec) -> Decoder:
@@ -143,7 +148,7 @@ def evaluate_tokens(
     from cloq.evaluate import Quality, perplexity
     from cloq.export.peft import AdapterFolder
     from cloq.export.read import QuantizedFolder
-    from cloq.models import Decoder, set_weight
+    from cloq.models import set_weight
     from cloq.pipeline import resolve_device
     from cloq.report import add_quality
 
@@ -221,5 +226,24 @@ def read_run_file(path: Path) -> RunSpec:
         raise SpecError(f"{path}: {error}") from error
 
 
-def _write_report(result: RunResult) -> None:
-    """Filled in by the report."""
+def _report(result: RunResult, decoder: Decoder, form: str | None, versions: dict[str, str]) -> Report:
+    """What the finished run is worth telling; numbers that an earlier report of the same result has are kept."""
+    from cloq.report import Report, carry_over, weight_bytes
+
+    sizes = {"original": weight_bytes(decoder.folder), "base": weight_bytes(result.base), "adapter": weight_bytes(result.adapter)}
+    report = Report(
+        result.spec, result.layers, result.seconds, result.phases, form=form, sizes=sizes, peak_memory=_peak_memory(decoder), versions=versions
+    )  # fmt: skip
+    return carry_over(result.out, report)
+
+
+def _peak_memory(decoder: Decoder) -> dict[str, int]:
+    """Bytes: the process's largest resident set, and what torch held at most on the GPU."""
+    import resource
+    import sys
+
+    import torch
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    return peak | ({"device": torch.cuda.max_memory_allocated(decoder.device)} if decoder.device.type == "cuda" else {})

@@ -223,7 +223,7 @@ def versions() -> dict[str, str]:
     """Of everything that decides the bytes of a result."""
     from importlib.metadata import version
 
-    return {"cloq": __version__, "torch": torch.__version__, "transformers": version("transformers"), "tokenizers": version("tokenizers")}
+    return {"cloq": __version__, "torch": str(torch.__version__), "transformers": version("transformers"), "tokenizers": version("tokenizers")}
 
 
 class _Clock:

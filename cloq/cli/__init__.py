@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import sys
 
+import typer
+
 from cloq.cli.app import app
 from cloq.errors import CloqError
 
+_USAGE = typer.BadParameter.__mro__[2]  # ClickException: typer carries a click of its own or imports one, this names the right class
 INTERRUPTED = 130
 USER_ERROR = 2
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command. Errors that a user can mend are printed in a line or two, with exit code 2 and no traceback."""
-    import click
-
     try:
         code = app(args=argv, standalone_mode=False)
         return code if isinstance(code, int) else 0
     except CloqError as error:
         print(f"error: {error}", file=sys.stderr)
-    except click.exceptions.Exit as stop:
-        return stop.exit_code
-    except click.ClickException as error:
+    except _USAGE as error:
         error.show(file=sys.stderr)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         print("interrupted; finished blocks are kept, the same command continues", file=sys.stderr)
         return INTERRUPTED
     return USER_ERROR

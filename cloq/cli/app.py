@@ -80,7 +80,7 @@ def _run(spec, out: Path, restart: bool, format: str | None, quiet: bool, json: 
         result = run(spec, out, restart=restart, emit=emit, form=format)
         emit("done", {"out": str(result.out), "base": str(result.base), "adapter": str(result.adapter), "seconds": result.seconds})
     if not quiet and not json:
-        print("\n".join(summary_lines(result.report)))
+        print("\n".join(summary_lines(result.report, result.out)))
 
 
 @app.command()
