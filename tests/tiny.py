@@ -23,7 +23,15 @@ _LLAMA = _WIDE | _HEADS | {"intermediate_size": 96}
 _SQUARE = {"num_attention_heads": 4}  # families whose heads always fill the width
 _GPT2 = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 128}
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_LATENT = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 24}
 _SLIDING = {"sliding_window": 8}
+_GEMMA4 = {
+    "num_hidden_layers": 4,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": VOCABULARY,
+}
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     # family: (model type, configuration)
@@ -37,6 +45,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("gemma", _LLAMA),
     "gemma2": ("gemma2", _LLAMA | _SLIDING | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}),
     "gemma3": ("gemma3_text", _LLAMA | _SLIDING | {"sliding_window_pattern": 2, "num_hidden_layers": 4}),
+    "gemma4": ("gemma4_text", _LLAMA | _GEMMA4),
+    "gemma4-shared": ("gemma4_text", _LLAMA | _GEMMA4 | {"num_kv_shared_layers": 2}),
     "phi": ("phi", _WIDE | _SQUARE | {"intermediate_size": 96}),
     "phi3": ("phi3", _LLAMA | {"pad_token_id": 0}),
     "smollm3": ("smollm3", _LLAMA | {"no_rope_layer_interval": 2, "num_hidden_layers": 4, "pad_token_id": 0}),
@@ -74,14 +84,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("bloom", {"vocab_size": VOCABULARY, "hidden_size": 64, "n_layer": 3, "n_head": 4}),
     "mpt": ("mpt", {"vocab_size": VOCABULARY, "d_model": 64, "n_layers": 3, "n_heads": 4, "max_seq_len": 128}),
     "falcon": ("falcon", _WIDE | _SQUARE | {"multi_query": True, "parallel_attn": True, "bias": False}),
-    "falcon-alibi": ("falcon", _WIDE | _SQUARE | {"alibi": True, "new_decoder_architecture": False, "multi_query": False, "bias": True}),
+    "falcon-alibi": ("falcon", _WIDE | _SQUARE | {"alibi": True, "multi_query": False, "bias": True}),
     "biogpt": ("biogpt", _WIDE | _SQUARE | {"intermediate_size": 96}),
     "openai-gpt": ("openai-gpt", _GPT2),
-    "minicpm3": (
-        "minicpm3",
-        _WIDE | _SQUARE | {"intermediate_size": 96, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16,
-                           "v_head_dim": 24},
-    ),
+    "minicpm3": ("minicpm3", _WIDE | _SQUARE | _LATENT | {"intermediate_size": 96}),
     "lfm2": ("lfm2", _LLAMA | {"layer_types": ["conv", "full_attention", "conv"]}),
     "mamba": ("mamba", _WIDE | {"state_size": 8}),
     "rwkv": ("rwkv", {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "attention_hidden_size": 64}),
@@ -94,17 +100,40 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss": ("gpt_oss", _LLAMA | _SLIDING | {"num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 4}),
     "jetmoe": (
         "jetmoe",
-        _WIDE | {"intermediate_size": 96, "num_key_value_heads": 2, "kv_channels": 32, "num_local_experts": 4, "num_experts_per_tok": 2},
+        _WIDE
+        | {"intermediate_size": 96, "num_key_value_heads": 2, "kv_channels": 32}
+        | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "dbrx": (
+        "dbrx",
+        {
+            "vocab_size": VOCABULARY,
+            "d_model": 64,
+            "n_heads": 4,
+            "n_layers": 2,
+            "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+            "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+        },
     ),
     "deepseek_v3": (
         "deepseek_v3",
-        _WIDE | _SQUARE | {"num_key_value_heads": 4, "intermediate_size": 96, "moe_intermediate_size": 32, "n_routed_experts": 8, "n_group": 2,
-                           "topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1, "q_lora_rank": 32, "kv_lora_rank": 32,
-                           "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 24, "head_dim": 16},
+        _WIDE
+        | _SQUARE
+        | _LATENT
+        | _EXPERTS
+        | {
+            "num_key_value_heads": 4,
+            "intermediate_size": 96,
+            "n_routed_experts": 8,
+            "n_group": 2,
+            "topk_group": 1,
+            "head_dim": 16,
+        }
+        | {"first_k_dense_replace": 1},
     ),
-}  # fmt: skip
+}
 
-MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "phimoe", "gpt_oss", "jetmoe", "deepseek_v3")
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "phimoe", "gpt_oss", "jetmoe", "dbrx", "deepseek_v3")
 """Families of the table with experts fused into one parameter."""
 
 
@@ -128,8 +157,8 @@ def tiny_model(family: str, seed: int = 0, **overrides: Any) -> nn.Module:
 def save_tiny(
     family: str, folder: Path, *, dtype: torch.dtype = torch.float32, shards: int = 1, seed: int = 0, **overrides: Any
 ) -> Path:
-    """Saves `tiny_model(family, seed, **overrides)` into `folder`, in `dtype`, as one file or about `shards` files, with a tokenizer.
-    Returns the folder."""
+    """Saves `tiny_model(family, seed, **overrides)` into `folder`, in `dtype`, as one file or about `shards` files, with a
+    tokenizer; returns the folder."""
     model = tiny_model(family, seed, **overrides).to(dtype)
     size = sum(p.nbytes for p in model.parameters())
     model.save_pretrained(folder, **({"max_shard_size": size // shards + 1} if shards > 1 else {}))

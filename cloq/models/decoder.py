@@ -211,8 +211,8 @@ class Decoder:
     @torch.no_grad()
     def enter(self, tokens: Tensor, batch_tokens: int) -> list[Batch]:
         """Runs the model's own way in on `tokens (sequences, length)` and returns what the first block gets and what every
-        block is called with, in micro-batches of about `batch_tokens` tokens. Equal arguments of different batches are kept
-        once."""
+        block is called with, in micro-batches of about `batch_tokens` tokens. Equal arguments of different batches are kept once.
+        """
         self.check_streamable()
         size = max(1, batch_tokens // tokens.shape[1])
         kept: list[Tensor] = []
@@ -227,9 +227,12 @@ class Decoder:
             if index == 0:
                 first.append(hidden)
             calls.append((_intern(args, kept), _intern(kwargs, kept)))
+            if index == len(self.blocks) - 1:
+                raise _Entered
             return hidden
 
-        self.stand_in(record, tokens, last_only=True)
+        with contextlib.suppress(_Entered):
+            self.stand_in(record, tokens)
         return Batch(first[0], calls)
 
     @torch.no_grad()
@@ -255,12 +258,10 @@ class Decoder:
     def _returned_values(self) -> dict[type, int | None]:
         return returned_values(self)
 
-    def stand_in(
-        self, stand_in: StandIn, tokens: Tensor, last_only: bool = False, returned: dict[type, int | None] | None = None
-    ) -> Tensor:
-        """The model's forward on `tokens` with `stand_in` in the place of every block; its logits, of the last position alone
-        where `last_only`. returned: how many values blocks of each class return, where that is still being found out. Needs
-        `outer()`.
+    def stand_in(self, stand_in: StandIn, tokens: Tensor, returned: dict[type, int | None] | None = None) -> Tensor:
+        """The model's forward on `tokens` with `stand_in` in the place of every block; its logits. Needs `outer()`.
+
+        returned: how many values blocks of each class return, where that is still being found out.
         """
         returned = self._returned_values if returned is None else returned
 
@@ -275,12 +276,10 @@ class Decoder:
 
             return forward
 
-        shortened = last_only and "logits_to_keep" in inspect.signature(self.model.forward).parameters
-        extra = {"logits_to_keep": 1} if shortened else {}
         for index, block in enumerate(self.blocks):
             block.forward = forward_of(index, block)
         try:
-            return self.model(input_ids=tokens, use_cache=False, **extra).logits
+            return self.model(input_ids=tokens, use_cache=False).logits
         finally:
             for block in self.blocks:
                 del block.forward
@@ -317,17 +316,23 @@ def _empty(module: nn.Module) -> None:
             module._parameters[leaf] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
 
 
+class _Entered(Exception):
+    """Raised inside a forward once the last block has been called: norm and head are not needed on the way in."""
+
+
 def _intern(value: Any, kept: list[Tensor]) -> Any:
-    """The same structure with every tensor replaced by an equal one that was seen before, so that what batches share is stored
-    once."""
+    """The value with every tensor replaced by an equal one that was seen before, so that what batches share is stored once.
+
+    Lists and dictionaries stay the objects that they are: blocks may hand each other state in one that all of them are given.
+    """
     if isinstance(value, Tensor):
         for other in kept:
             if other is value or (other.shape == value.shape and other.dtype == value.dtype and torch.equal(other, value)):
                 return other
         kept.append(value)
-        return value
-    if isinstance(value, dict):
-        return {key: _intern(item, kept) for key, item in value.items()}
-    if isinstance(value, (tuple, list)) and type(value) in (tuple, list):
-        return type(value)(_intern(item, kept) for item in value)
+    elif type(value) is tuple:
+        return tuple(_intern(item, kept) for item in value)
+    elif isinstance(value, (dict, list)):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            value[key] = _intern(item, kept)
     return value

@@ -4,8 +4,10 @@ Streaming is right if and only if
 
     1. every block runs once per forward, in order, on hidden states `(sequences, tokens, width)`;
     2. what a block returns is what the next one gets: the model does nothing to hidden states in between;
-    3. a block's other arguments do not depend on what earlier blocks computed (no state is handed from block to block);
-    4. a token's output does not depend on later tokens, or the model is not a decoder.
+    3. a block's other arguments do not depend on what earlier blocks computed, but for a container that all blocks of a forward
+       are given (Gemma 4 hands keys and values on in one);
+    4. a block leaves the hidden states that it is given as they are, for it is run on them more than once;
+    5. a token's output does not depend on later tokens, or the model is not a decoder.
 
 Each is checked by running the model's own forward twice with stand-ins in the blocks' places. Only the first block of every
 class is really run, which also tells what its forward returns: hidden states alone, or a tuple that begins with them.
@@ -30,7 +32,7 @@ _TOKENS = 8
 def returned_values(decoder: Decoder) -> dict[type, int | None]:
     """For every class of block: `None` if its forward returns hidden states alone, else the length of the tuple that it returns.
 
-    Raises `ModelError` if one of the four conditions does not hold, with the condition.
+    Raises `ModelError` if one of the five conditions does not hold, with the condition.
 
     """
     name = type(decoder.model).__name__
@@ -88,9 +90,11 @@ def _really(decoder: Decoder, index: int, hidden: Tensor, args: tuple, kwargs: d
     if was_empty:
         decoder.load_block(index)
     forward = type(block).forward
-    output = forward(block, hidden, *args, **kwargs)
-    changed = hidden.clone()
+    before, changed = hidden.clone(), hidden.clone()
     changed[:, -1] = changed[:, -1].flip(-1) + 1
+    output = forward(block, hidden, *args, **kwargs)
+    if not torch.equal(hidden, before):
+        raise ModelError(f"{type(block).__name__} overwrites the hidden states that it is given; cloq cannot stream it")
     other = forward(block, changed, *args, **kwargs)
     if was_empty:
         decoder.drop_block(index)
