@@ -37,12 +37,12 @@ def _bar() -> Iterator[Emit]:
     console = Console(stderr=True)
     columns = [TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("blocks"), TimeElapsedColumn()]
     with Progress(*columns, TextColumn("{task.fields[left]}"), TextColumn("[dim]{task.fields[note]}"), console=console) as bars:
-        task = bars.add_task("quantizing", total=None, left="", note="")
+        task = bars.add_task("quantizing", total=None, left="", note="", visible=False)
         watch = _TimeLeft()
 
         def emit(event: str, values: dict[str, Any]) -> None:
-            if event == "start":
-                bars.update(task, total=values["blocks"])
+            if event == "start":  # not before: an error in the settings should stand alone
+                bars.update(task, total=values["blocks"], visible=True)
             elif event == "layer":
                 name = values["name"].split(".", 2)[-1] if values["name"].count(".") > 2 else values["name"]
                 bars.update(task, note=f"{name}  error {values['error_quantized']:.4f} → {values['error_corrected']:.4f}")
