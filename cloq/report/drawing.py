@@ -1,7 +1,7 @@
 """How every picture of a report is drawn: the style, and SVG that takes its colours and its font from the page around it.
 
-Every colour is drawn as a placeholder and then replaced by a CSS variable, so one picture serves light, dark and paper. Nothing in
-a picture depends on when or where it was made: no dates, ids from the picture's own name.
+Every colour is drawn as a placeholder and then replaced by a CSS variable, so one picture serves light, dark and paper. Nothing
+in a picture depends on when or where it was made: no dates, ids from the picture's own name.
 """
 
 from __future__ import annotations

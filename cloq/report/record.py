@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from cloq import __version__
 from cloq.evaluate import Quality
+from cloq.report import wording
 from cloq.specs import RunSpec
 from cloq.store import LayerSummary
 from cloq.types import LayerMetrics, WeightLayout
@@ -142,8 +143,7 @@ class Report:
     def describe_calibration(self) -> str:
         """`65,536 tokens of wikitext2`; of a local source only the file's name."""
         calib = self.spec.calib
-        source = ", ".join(Path(part).name if part.startswith((".", "/", "~")) else part for part in calib.source.split(","))
-        return f"{calib.samples * calib.seq_len:,} tokens of {source}"
+        return f"{calib.samples * calib.seq_len:,} tokens of {wording.source(calib.source)}"
 
     # -- derived -------------------------------------------------------------------------------------------------------
 

@@ -72,7 +72,7 @@ footer { margin-top: 3.5rem; padding-top: 1rem; border-top: 1px solid var(--grid
   figure { overflow: visible; } figure svg { min-width: 0; }
   main { max-width: none; padding: 0; }
   figure, .tiles, tr { break-inside: avoid; }
-  h2 { break-after: avoid; }
+  h2, p:has(+ figure) { break-after: avoid; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 }
 """

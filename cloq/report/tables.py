@@ -84,10 +84,10 @@ def quality_lines(quality: Sequence[Quality]) -> list[str]:
 
 
 def by_text(quality: Sequence[Quality]) -> dict[tuple[str, str], list[Quality]]:
-    """Quality grouped by text and protocol: numbers of different protocols never stand in one table."""
+    """Quality by text, as readers should see it, and protocol: numbers of different protocols never stand in one table."""
     groups: dict[tuple[str, str], list[Quality]] = {}
     for one in quality:
-        groups.setdefault((one.text, one.protocol), []).append(one)
+        groups.setdefault((wording.source(one.text), one.protocol), []).append(one)
     return groups
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 UNKNOWN = "–"
 
@@ -61,6 +62,11 @@ def duration(seconds: float | None) -> str:
     if whole < 120:
         return f"{whole} s"
     return f"{whole // 60} min {whole % 60:02d} s" if whole < 7200 else f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def source(text: str) -> str:
+    """A text source as a reader elsewhere should see it: of a local path only the last part, of a mixture each part so."""
+    return ", ".join(Path(part).name if part.startswith((".", "/", "~")) else part for part in text.split(","))
 
 
 def plural(number: int, one: str, many: str | None = None) -> str:
