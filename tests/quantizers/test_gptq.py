@@ -1,0 +1,207 @@
+"""GPTQ against the procedure that it is a fast form of, and the ways in which it can go wrong in silence."""
+
+import itertools
+
+import pytest
+import torch
+
+from cloq import linalg
+from cloq.quantizers import Gptq, Rtn, gptq, grid
+from cloq.types import LayerStats
+from tests.problems import KINDS, LARGE_SHAPES, SHAPES, output_error, problem
+
+NAMES = ("bits", "group_size", "symmetric", "act_order", "static_groups")
+GRIDS = [(2, 32, False), (3, 20, True), (4, None, False), (2, None, True), (8, 64, False)]
+SETTINGS = [dict(zip(NAMES, (*g, *order), strict=True)) for g in GRIDS for order in itertools.product((False, True), repeat=2)]
+
+
+def naive_gptq(weight, gram, config: Gptq):
+    """Optimal Brain Quantization with the columns in a given order, arXiv:2210.17323 Eqs. (2) and (3), in float64.
+
+    The inverse Hessian is explicit; after each column its row and column are eliminated from it, and every weight that remains
+    moves. No Cholesky factor, no blocks.
+    """
+    weight, gram = weight.double().clone(), gram.double()
+    out, columns = weight.shape
+    dead = gram.diagonal() == 0
+    weight[:, dead] = 0
+    hessian = gram + torch.diag(dead * gram.diagonal()[~dead].mean())
+    hessian += config.damping * hessian.diagonal().mean() * torch.eye(columns)
+    inverse = torch.linalg.inv(hessian)
+    order = gram.diagonal().argsort(descending=True, stable=True) if config.act_order else torch.arange(columns)
+    group_of = torch.arange(columns) // (config.group_size or columns)
+    index = group_of[order] if config.static_groups else group_of
+
+    def fit(values):
+        return tuple(t.double() for t in grid.fit(values.float(), config.bits, config.symmetric, config.search))
+
+    fits = {}
+    if config.static_groups or config.group_size is None:
+        fits = {g: fit(weight[:, group_of == g]) for g in group_of.unique().tolist()}
+    codes = torch.empty(out, columns, dtype=torch.int64)
+    for position, i in enumerate(order.tolist()):
+        g = int(index[position])
+        if g not in fits:
+            fits[g] = fit(weight[:, order[position : position + config.group_size]])
+        scale, zero = fits[g]
+        codes[:, i] = (torch.round(weight[:, i] / scale) + zero).clamp(0, 2**config.bits - 1).long()
+        error = (weight[:, i] - (codes[:, i] - zero) * scale) / inverse[i, i]
+        rest = order[position + 1 :]
+        weight[:, rest] -= torch.outer(error, inverse[i, rest])
+        inverse = inverse - torch.outer(inverse[:, i], inverse[i]) / inverse[i, i]
+    scale, zero = (torch.stack([fits[g][part] for g in sorted(fits)], dim=1) for part in (0, 1))
+    return codes, scale.float(), zero
+
+
+def rows_that_differ(quantized, codes, scale, zero) -> int:
+    """Rows are independent. In float32 a value within 1e-6 of the edge between two codes may fall to the other side of it; that
+    moves all that comes after it in its row, and nothing else."""
+    same = (quantized.codes == codes).all(1) & (quantized.scale == scale).all(1) & (quantized.zero == zero).all(1)
+    return int((~same).sum())
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "-".join(map(str, s.values())))
+@pytest.mark.parametrize("search", (False, True))
+@pytest.mark.parametrize("kind", ("power law", "dead channels"))
+def test_code_by_code_as_the_naive_elimination(kind, settings, search):
+    p = problem(kind, (17, 150))
+    config = Gptq(**settings, search=search)
+    quantized = config.quantize(p.weight, p.stats)
+    codes, scale, zero = naive_gptq(p.weight, p.gram, config)
+    assert rows_that_differ(quantized, codes, scale, zero) <= 1
+
+
+@pytest.mark.parametrize("shape", (SHAPES["wide"], SHAPES["tall"]))
+def test_exactly_the_naive_codes(shape):
+    """Where no value is near an edge there is no difference at all."""
+    p = problem("well conditioned", shape)
+    config = Gptq(2, 32)
+    quantized = config.quantize(p.weight, p.stats)
+    codes, scale, zero = naive_gptq(p.weight, p.gram, config)
+    assert torch.equal(quantized.codes.long(), codes)
+    assert torch.equal(quantized.scale, scale) and torch.equal(quantized.zero.double(), zero)
+
+
+@pytest.mark.parametrize("block", (1, 7, 32, 1000))
+@pytest.mark.parametrize("config", (Gptq(3, 32), Gptq(3, None), Gptq(2, 32, act_order=True, static_groups=True)), ids=str)
+def test_blocks_are_only_an_order_of_work(monkeypatch, block, config):
+    p = problem("power law", (17, 150))
+    expected = config.quantize(p.weight, p.stats)
+    monkeypatch.setattr(gptq, "BLOCK", block)
+    found = config.quantize(p.weight, p.stats)
+    assert rows_that_differ(found, expected.codes, expected.scale, expected.zero) <= 1
+
+
+GAINS = {
+    "well conditioned": 0.95,
+    "power law": 0.1,
+    "rank deficient": 0.4,
+    "one token": 0.1,
+    "outlier channel": 1,
+    "collinear": 0.7,
+}
+
+
+@pytest.mark.parametrize("kind", GAINS)
+@pytest.mark.parametrize("bits", (2, 3, 4))
+@pytest.mark.parametrize("order", ({}, {"static_groups": True}, {"act_order": True, "static_groups": True}), ids=str)
+def test_less_output_error_than_rounding(kind, bits, order):
+    """A Cholesky factor of the wrong triangle would turn GPTQ into something that rounds, without a sound.
+
+    The more the inputs are correlated, the larger the gain.
+    """
+    p = problem(kind, LARGE_SHAPES["wide"])
+    rounded = output_error(p.weight - Rtn(bits, 32).quantize(p.weight).dequantize(), p.gram)
+    ours = output_error(p.weight - Gptq(bits, 32, **order).quantize(p.weight, p.stats).dequantize(), p.gram)
+    assert ours < GAINS[kind] * rounded
+
+
+def test_uncorrelated_inputs_leave_nothing_to_push():
+    """With a diagonal Gram matrix GPTQ is round to nearest."""
+    weight = problem("well conditioned", SHAPES["wide"]).weight
+    stats = LayerStats(torch.diag(torch.linspace(1, 5, weight.shape[1])), 100)
+    ours, rounded = Gptq(3, 32).quantize(weight, stats), Rtn(3, 32).quantize(weight)
+    assert torch.equal(ours.codes, rounded.codes) and torch.equal(ours.scale, rounded.scale)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scale", (2.0**-20, 2.0**10))
+def test_the_scale_of_the_gram_is_irrelevant(kind, scale):
+    """Dead inputs too: what stands on their diagonal follows the others."""
+    p = problem(kind, SHAPES["tall"])
+    plain = Gptq(2, 32).quantize(p.weight, p.stats)
+    scaled = Gptq(2, 32).quantize(p.weight, LayerStats(scale * p.gram, len(p.inputs)))
+    assert torch.equal(plain.codes, scaled.codes) and plain.damping == scaled.damping
+
+
+ORDERS = ({}, {"act_order": True}, {"act_order": True, "static_groups": True}, {"group_size": None})
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+@pytest.mark.parametrize("symmetric", (False, True))
+def test_dead_inputs_get_weight_zero_and_move_nothing(order, symmetric):
+    p = problem("dead channels", SHAPES["tall"])
+    settings = {"bits": 3, "group_size": 32, "symmetric": symmetric} | order
+    dead = p.gram.diagonal() == 0
+    found = Gptq(**settings).quantize(p.weight, p.stats)
+    assert int(dead.sum()) > 5 and not found.dequantize()[:, dead].any()
+    other = p.weight.clone()
+    other[:, dead] = 7.0
+    assert torch.equal(Gptq(**settings).quantize(other, p.stats).dequantize(), found.dequantize())
+
+
+def test_a_layer_that_saw_only_zeros_gets_zeros():
+    weight = problem("power law", SHAPES["wide"]).weight
+    found = Gptq(2, 32).quantize(weight, LayerStats(torch.zeros(72, 72), 50))
+    assert not found.dequantize().any()
+
+
+def test_activation_order_starts_with_the_strongest_input():
+    """The strongest input is rounded first, in its raw state; its group holds the next strongest, not its neighbours."""
+    p = problem("power law", SHAPES["wide"])
+    p = p._replace(inputs=p.inputs * torch.linspace(1, 30, 72))
+    found = Gptq(3, 8, act_order=True).quantize(p.weight, p.stats)
+    order = p.gram.diagonal().argsort(descending=True, stable=True)
+    assert torch.equal(found.group_index[order], torch.arange(72) // 8)
+    scale, zero = found.scale[:, 0], found.zero[:, 0].float()
+    expected_scale, expected_zero = grid.fit(p.weight[:, order[:8]], 3, False, False)
+    assert torch.equal(scale, expected_scale) and torch.equal(zero, expected_zero.float())
+    assert torch.equal(found.codes[:, order[0]].float(), grid.encode(p.weight[:, order[0]], scale, zero, 3))
+
+
+@pytest.mark.parametrize("act_order", (False, True))
+def test_static_groups_have_the_grids_of_the_original_weight(act_order):
+    p = problem("power law", (17, 100))
+    found = Gptq(3, 32, act_order=act_order, static_groups=True, search=True).quantize(p.weight, p.stats)
+    rounded = Rtn(3, 32, search=True).quantize(p.weight)
+    assert torch.equal(found.scale, rounded.scale) and torch.equal(found.zero, rounded.zero)
+    assert torch.equal(found.group_index, rounded.group_index)
+
+
+def test_a_gram_matrix_that_is_not_positive_definite_raises_the_damping_and_says_so():
+    p = problem("well conditioned", SHAPES["wide"])
+    values, vectors = torch.linalg.eigh(p.gram.double())
+    values[0] = -0.05 * values.mean()
+    stats = LayerStats(((vectors * values) @ vectors.T).float(), 100)
+    found = Gptq(3, 32).quantize(p.weight, stats)
+    assert found.damping == pytest.approx(0.1)
+    assert torch.equal(found.codes, Gptq(3, 32, damping=0.1).quantize(p.weight, stats).codes)
+    assert Gptq(3, 32).quantize(p.weight, p.stats).damping == 0.01
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("damping", (0.0, 1e-7))
+def test_little_damping_never_does_worse_than_rounding(kind, damping):
+    """Without any the factorization of a rank-deficient matrix fails or comes out as noise; neither may spoil the weight."""
+    p = problem(kind, SHAPES["wide"])
+    found = Gptq(4, 32, damping=damping).quantize(p.weight, p.stats)
+    assert found.damping >= damping
+    rounded = Rtn(4, 32).quantize(p.weight)
+    errors = [linalg.relative_error(p.weight - q.dequantize(), p.weight, p.gram) for q in (found, rounded)]
+    assert errors[0] <= errors[1]
+
+
+def test_a_gram_matrix_with_nan_is_refused():
+    p = problem("power law", SHAPES["wide"])
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        Gptq().quantize(p.weight, LayerStats(p.gram * torch.nan, 5))
