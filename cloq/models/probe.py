@@ -36,7 +36,7 @@ def returned_values(decoder: Decoder) -> dict[type, int | None]:
 
     """
     name = type(decoder.model).__name__
-    tokens = (torch.arange(_TOKENS) % decoder.config.get_text_config().vocab_size)[None].to(decoder.device)
+    tokens = torch.arange(_TOKENS, device=decoder.device)[None]
     try:
         with decoder.outer():
             return _run_twice(decoder, tokens)

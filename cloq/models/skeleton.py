@@ -50,7 +50,7 @@ def build_skeleton(config, dtype: torch.dtype, trust_remote_code: bool = False) 
     try:
         with init_empty_weights(include_buffers=False), no_init_weights():
             model = AutoModelForCausalLM.from_config(bare, dtype=dtype, trust_remote_code=trust_remote_code)
-    except (ValueError, ImportError, OSError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, AssertionError, RuntimeError, ImportError, OSError) as error:
         reason = _reason(error, trust_remote_code)
         raise ModelError(f"{config.model_type} is not a causal language model that transformers can build ({reason})") from error
     return model.eval()

@@ -1,0 +1,157 @@
+"""Files: read as they are, refused with what is wrong and what to do."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cloq.errors import ModelError
+from cloq.models import Checkpoint, Decoder
+from tests.tiny import save_tiny
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_file({"a": torch.randn(3, 5), "b": torch.arange(7)}, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+def sharded(folder):
+    save_tiny("llama", folder, shards=3)
+    return folder, sorted(folder.glob("model-*.safetensors"))
+
+
+def rewrite(folder, change):
+    """Applies `change(tensors)` to a single-file checkpoint."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, {"format": "pt"})
+
+
+def test_names_shapes_and_values(folder):
+    files, stored = Checkpoint(folder), load_file(folder / "model.safetensors")
+    assert sorted(files.names) == ["a", "b"]
+    assert files.shape("a") == (3, 5) and files.shape("b") == (7,)
+    assert all(torch.equal(files.read(name), stored[name]) and files.read(name).dtype == stored[name].dtype for name in stored)
+    for ask in (files.read, files.shape):
+        with pytest.raises(ModelError, match="holds no tensor c"):
+            ask("c")
+
+
+def test_fingerprint_follows_bytes_names_and_shards(folder):
+    first = Checkpoint(folder).fingerprint()
+    assert Checkpoint(folder).fingerprint() == first
+    stored = load_file(folder / "model.safetensors")
+    changed = stored | {"a": stored["a"].clone()}
+    changed["a"][2, 4] += 1
+    seen = {first}
+    for tensors in (changed, {"c": stored["a"], "b": stored["b"]}, stored | {"d": torch.zeros(1)}):
+        save_file(tensors, folder / "model.safetensors")
+        seen.add(Checkpoint(folder).fingerprint())
+    assert len(seen) == 4
+
+
+def test_shards_are_one_checkpoint(tmp_path):
+    folder, shards = sharded(tmp_path)
+    assert len(shards) >= 3
+    assert sorted(Checkpoint(folder).names) == sorted(json.loads((folder / INDEX).read_text())["weight_map"])
+
+
+def test_missing_shard(tmp_path):
+    folder, shards = sharded(tmp_path)
+    shards[1].unlink()
+    with pytest.raises(ModelError, match=f"shard {shards[1].name} is missing.*fetch the model again"):
+        Decoder(folder)
+
+
+@pytest.mark.parametrize("left", [0, 4, 100, -1])
+def test_truncated_shard(left, tmp_path):
+    folder, shards = sharded(tmp_path)
+    shards[1].write_bytes(shards[1].read_bytes()[:left])
+    with pytest.raises(ModelError, match=f"{shards[1].name} cannot be read.*truncated or damaged"):
+        Decoder(folder)
+
+
+@pytest.mark.parametrize("name", ["../elsewhere.safetensors", "/tmp/elsewhere.safetensors", "sub/elsewhere.safetensors", 7])
+def test_index_may_not_point_outside(name, folder):
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(ModelError, match="not a plain file name"):
+        Checkpoint(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"weight_map": 3}', '{"metadata": {}}'])
+def test_broken_index(text, folder):
+    (folder / INDEX).write_text(text)
+    with pytest.raises(ModelError, match="not a valid safetensors index"):
+        Checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth"])
+def test_pickles_are_refused_unread(name, tmp_path):
+    (tmp_path / name).write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
+    with pytest.raises(ModelError, match=f"pickled weights .{name}.*convert them to safetensors"):
+        Checkpoint(tmp_path)
+
+
+def test_no_weights(tmp_path):
+    with pytest.raises(ModelError, match=r"no weights: neither model\.safetensors nor"):
+        Checkpoint(tmp_path)
+
+
+# -- what a Decoder refuses about them ------------------------------------------------------------------------------------
+
+
+def test_missing_tensor(tmp_path):
+    rewrite(save_tiny("llama", tmp_path), lambda t: t.pop("model.layers.1.mlp.up_proj.weight"))
+    with pytest.raises(ModelError, match=r"lacks the tensor model\.layers\.1\.mlp\.up_proj\.weight that LlamaForCausalLM needs"):
+        Decoder(tmp_path)
+
+
+def test_many_missing_tensors_are_counted(tmp_path):
+    rewrite(save_tiny("llama", tmp_path), lambda t: [t.pop(name) for name in list(t) if "layers.2" in name])
+    with pytest.raises(ModelError, match=r"lacks the tensor model\.layers\.2\.\S+ and 8 more"):
+        Decoder(tmp_path)
+
+
+def test_missing_pair_of_tied_tensors(tmp_path):
+    rewrite(save_tiny("llama-tied", tmp_path), lambda t: t.pop("model.embed_tokens.weight"))
+    with pytest.raises(ModelError, match=r"lacks the tensor model\.embed_tokens\.weight or lm_head\.weight"):
+        Decoder(tmp_path)
+
+
+def test_missing_expert(tmp_path):
+    rewrite(save_tiny("mixtral", tmp_path), lambda t: t.pop("model.layers.1.block_sparse_moe.experts.2.w1.weight"))
+    with pytest.raises(
+        ModelError, match=r"model\.layers\.1\.mlp\.experts\.gate_up_proj .*(cannot be made of|do not belong together)"
+    ):
+        Decoder(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_wrong_shape(family, tmp_path):
+    save_tiny(family, tmp_path)
+    name = next(n for n in Checkpoint(tmp_path).names if n.endswith(("mlp.down_proj.weight", "mlp.c_proj.weight")))
+    rewrite(tmp_path, lambda t: t.update({name: t[name].T.contiguous()}))
+    with pytest.raises(ModelError, match=r"\(\d+, \d+\) in .* but \(\d+, \d+\) by its config\.json"):
+        Decoder(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_values_that_are_no_numbers(value, tmp_path):
+    save_tiny("llama", tmp_path, dtype=torch.bfloat16)
+    rewrite(tmp_path, lambda t: t["model.layers.1.mlp.up_proj.weight"][3, 2:5].fill_(value))
+    decoder = Decoder(tmp_path)
+    decoder.load_block(0)
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds 3 NaN or Inf values of 6144"):
+        decoder.load_block(1)
+
+
+def test_extra_tensors_are_left_alone(tmp_path):
+    rewrite(save_tiny("llama", tmp_path), lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)}))
+    assert "rotary_emb" not in " ".join(Decoder(tmp_path).source_names)
