@@ -64,7 +64,7 @@ def quantize(model: str, *, out: str | Path, restart: bool = False, emit: Emit |
 def run(spec: RunSpec, out: str | Path, *, restart: bool = False, emit: Emit | None = None, form: str | None = None) -> RunResult:
     """Executes or continues a run. form: of the base in `out/model`; by default `gptq`, or `nf4` after that quantizer."""
     from cloq import pipeline
-    from cloq.export import FORMATS, write_adapter, write_model
+    from cloq.export import FORMATS, check_format, write_adapter, write_model
     from cloq.export.read import QuantizedFolder
     from cloq.models import locate
     from cloq.report import write_report
@@ -84,6 +84,8 @@ def run(spec: RunSpec, out: str | Path, *, restart: bool = False, emit: Emit | N
         raise SpecError(f"unknown format {form!r}; allowed: {', '.join(FORMATS)}")
     decoder = open_decoder(spec)
     given = QuantizedFolder(locate(spec.quantized)) if spec.quantized else None
+    if given is None:
+        check_format(decoder, pipeline.predicted_layouts(pipeline.plan_layers(spec, decoder), decoder), FORMATS[form]())
     store = Store(out)
     store.refuse_foreign()
     tokens = draw_tokens(spec, decoder)

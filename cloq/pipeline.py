@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from cloq import __version__, initializers, linalg, quantizers
 from cloq.calibration import CalibrationTokens, gram_matrices, shared_inputs
 from cloq.errors import ModelError, SpecError
-from cloq.models import Batch, Decoder, set_weight
+from cloq.models import Batch, Decoder, linear_shape, set_weight
 from cloq.specs import LayerSpec, LoraSpec, RunSpec, layer_spec, matches
 from cloq.store import Store
-from cloq.types import AnyQuantizedWeight, LayerMetrics, LayerResult, LayerStats, LoraFactors
+from cloq.types import AnyQuantizedWeight, LayerMetrics, LayerResult, LayerStats, LoraFactors, WeightLayout
 
 Emit = Callable[[str, dict[str, Any]], None]
 """Receives what happens, as a name and plain values: `start`, `replay`, `layer`, `block`, `phase`, `done`."""
@@ -203,6 +203,19 @@ def plan_layers(spec: RunSpec, decoder: Decoder) -> dict[str, LayerSpec]:
     if all(layer.dense for layer in layers.values()):
         raise SpecError("--only, --skip and the rules leave no layer to quantize")
     return layers
+
+
+def predicted_layouts(layers: dict[str, LayerSpec], decoder: Decoder) -> dict[str, WeightLayout]:
+    """The layouts that the layers will have, so that a format can refuse them before the work instead of after it."""
+    found = {}
+    for index in range(len(decoder.blocks)):
+        for name, module in decoder.linears(index).items():
+            if not layers[name].dense:
+                quant = layers[name].quant
+                permuted = quant.quantizer == "gptq" and quant.act_order and not quant.static_groups and quant.group_size is not None
+                kind = "codebook" if quant.quantizer == "nf4" else "integer"
+                found[name] = WeightLayout(kind, linear_shape(module), quant.bits, quant.group_size, quant.symmetric, permuted)
+    return found
 
 
 def manifest(spec: RunSpec, decoder: Decoder, tokens: CalibrationTokens, given: GivenBase | None = None) -> dict[str, Any]:

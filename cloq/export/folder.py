@@ -1,81 +1,116 @@
 """Writes a quantized model as an ordinary Hugging Face folder, shard by shard, whatever the format of its linear layers.
 
 What is not quantized is copied tensor by tensor from the original; what is comes block by block from the store. The folder appears under
-its name only when it is complete.
+its name only when it is complete. Equal runs write equal bytes.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from cloq.errors import ExportError
-from cloq.models import Decoder
+from cloq.export.dense import DTYPES, narrowed
+from cloq.export.format import Contents, Format
+from cloq.export.read import read_config, reader_of
+from cloq.models import Decoder, is_conv1d
 from cloq.store import Store, write_atomically, writing
-from cloq.types import LayerResult, WeightLayout
+from cloq.types import WeightLayout
 
-SHARD_BYTES = 2 << 30
+SHARD_BYTES = 1 << 30
 
-_COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "*.tiktoken")
-_NOT_COPIED = {"config.json", "model.safetensors.index.json"}
-
-
-class Format(Protocol):
-    """One way to store a quantized linear layer in a model folder. An implementation is a frozen dataclass.
-
-    check: refuses, with `ExportError`, layers that the format cannot hold, before anything is written. dense: full names of linear layers
-        in the blocks that stay as they are.
-    tensors: a layer's tensors by the suffix of their name (`qweight`, `weight`, …).
-    quantization_config: what goes into config.json, or `None`.
-    """
-
-    name: str
-
-    def check(self, layouts: dict[str, WeightLayout], dense: list[str]) -> None: ...
-
-    def tensors(self, name: str, result: LayerResult) -> dict[str, Tensor]: ...
-
-    def quantization_config(self, layouts: dict[str, WeightLayout], dense: list[str], blocks: str) -> dict[str, Any] | None: ...
+_COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*.jinja", "LICENSE*", "NOTICE*", "*.tiktoken")
+_NOT_COPIED = ("config.json", "*.index.json", "adapter_config.json", "quantize_config.json", "trainer_state.json")
 
 
 def write_model(decoder: Decoder, store: Store, form: Format, target: Path) -> Path:
-    """Writes `target` in the given format from a finished store. Replaces an earlier export of the same name.
+    """Writes `target` in the given format from a finished store. Replaces an earlier export of the run, and nothing else.
 
-    Raises `ExportError` if the format cannot hold the result or the run is not finished, `RunError` if the disk is full.
+    Raises `ExportError` if the format cannot hold the result, the run is not finished, or `target` is a folder with other content;
+    `RunError` if the disk is full.
     """
     if store.finished() < len(decoder.blocks):
         raise ExportError(f"{store.out} has {store.finished()} of {len(decoder.blocks)} blocks finished; run cloq quantize again to complete it")
-    layouts = {name: summary.layout for name, summary in store.summaries().items()}
-    dense = [name for name in decoder.all_linears() if name not in layouts]
-    form.check(layouts, dense)
+    _refuse_other_content(target, store.out)
+    config = _plain_config(decoder, form)
+    contents = _contents(decoder, {name: summary.layout for name, summary in store.summaries().items()}, config["dtype"])
+    form.check(contents)
+    quantization = form.quantization_config(contents)
+    if quantization is not None:
+        config["quantization_config"] = quantization
+        _check_agreement(decoder.model, quantization, contents, form.name)
     with writing(target.parent), replaced_when_complete(target) as folder:
-        _write_shards(_all_tensors(decoder, store, form, set(layouts)), folder)
-        config = decoder.config.to_dict()
-        config.pop("quantization_config", None)
-        quantization = form.quantization_config(layouts, dense, decoder.prefix)
-        if quantization is not None:
-            config["quantization_config"] = quantization
+        _write_shards(_all_tensors(decoder, store, form, contents), folder)
         write_atomically(folder / "config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
-        _copy_companions(decoder.folder, folder)
+        _copy_companions(decoder.folder, folder, code="auto_map" in config)
     return target
 
 
-def _all_tensors(decoder: Decoder, store: Store, form: Format, quantized: set[str]) -> Iterator[tuple[str, Tensor]]:
-    replaced = {f"{name}.weight" for name in quantized}
-    tied = decoder.tied_names()
-    for name in decoder.source_names:
-        if name not in replaced and name not in tied:
-            yield name, decoder.read(name)
+def check_format(decoder: Decoder, layouts: dict[str, WeightLayout], form: Format) -> None:
+    """Raises `ExportError` if the format cannot hold layers of these layouts: to be asked before the work, not after it."""
+    form.check(_contents(decoder, layouts, _plain_config(decoder, form)["dtype"]))
+
+
+def _contents(decoder: Decoder, layouts: dict[str, WeightLayout], dtype: str) -> Contents:
+    linears = {name: m for name, m in decoder.model.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m)}
+    conv1d = frozenset(name for name, module in linears.items() if is_conv1d(module))
+    return Contents(layouts, tuple(name for name in linears if name not in layouts), decoder.prefix, dtype, conv1d)
+
+
+def _plain_config(decoder: Decoder, form: Format) -> dict[str, Any]:
+    """The original's config.json, without its quantization, with the dtype that the folder will have."""
+    config = read_config(decoder.folder)
+    config.pop("quantization_config", None)
+    stated = config.pop("torch_dtype", None)
+    config["dtype"] = form.dtype or config.get("dtype") or stated or _commonest_dtype(decoder)
+    config.setdefault("architectures", [type(decoder.model).__name__])
+    return config
+
+
+def _commonest_dtype(decoder: Decoder) -> str:
+    """Of the stored tensors of the first block; without it transformers would take the dtype of some scale for the model's."""
+    names = [name for name in decoder.source_names if name.startswith(decoder.block_name(0) + ".")]
+    found = Counter(str(t.dtype).removeprefix("torch.") for t in map(decoder.read, names) if t.is_floating_point())
+    return found.most_common(1)[0][0]
+
+
+def _check_agreement(model: nn.Module, quantization: dict[str, Any], contents: Contents, form: str) -> None:
+    """The library that will load the folder must look for exactly the layers that are in it: it finds them by rules of its own."""
+    expected, written = reader_of(quantization).layers(model), set(contents.layouts)
+    for name in sorted(written ^ expected):
+        what = f"would not load {name} ({type(model.get_submodule(name)).__name__}) as quantized" if name in written else f"would look for codes of {name}"
+        raise ExportError(f"transformers {what}, so --format {form} cannot hold this model; use --format dense, or leave such layers dense with --skip")
+
+
+def _all_tensors(decoder: Decoder, store: Store, form: Format, contents: Contents) -> Iterator[tuple[str, Tensor]]:
+    replaced = {f"{name}.weight" for name in contents.layouts} | decoder.tied_names().keys()
+    written: set[str] = set()
+    for name, origin in decoder.source_names.items():
+        if name in replaced:
+            continue
+        if origin.converter is None:
+            yield name, _converted(decoder.read(name), form, name)
+            continue
+        for _, source in origin.sources:  # stored in pieces, such as experts: they stay in pieces, under their own names
+            if source not in written:
+                written.add(source)
+                yield source, _converted(decoder.checkpoint.read(source), form, source)
     for index in range(len(decoder.blocks)):
         for name, result in store.read(index).items():
-            for suffix, tensor in form.tensors(name, result).items():
+            for suffix, tensor in form.tensors(name, result.weight, contents).items():
                 yield f"{name}.{suffix}", tensor
+
+
+def _converted(tensor: Tensor, form: Format, name: str) -> Tensor:
+    return narrowed(tensor, DTYPES[form.dtype], name) if form.dtype and tensor.is_floating_point() else tensor
 
 
 def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> None:
@@ -107,12 +142,22 @@ def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> None:
     write_atomically(folder / "model.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True).encode())
 
 
-def _copy_companions(source: Path, target: Path) -> None:
-    """Tokenizer, generation settings, licence: small files beside the weights. Never code."""
-    for pattern in _COMPANIONS:
+def _copy_companions(source: Path, target: Path, code: bool) -> None:
+    """Tokenizer, generation settings, licence: small files beside the weights. code: also the model's own Python files, which its
+    configuration names; nothing runs them here."""
+    for pattern in (*_COMPANIONS, *(["*.py"] if code else [])):
         for path in sorted(source.glob(pattern)):
-            if path.is_file() and path.name not in _NOT_COPIED and not (target / path.name).exists():
-                shutil.copyfile(path, target / path.name)
+            if path.is_file() and not any(path.match(other) for other in _NOT_COPIED):
+                copy = target / path.relative_to(source)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, copy)
+
+
+def _refuse_other_content(target: Path, out: Path) -> None:
+    """An export may take the place of an earlier one in the run's folder (`model`, `model-nf4`), of an empty folder, or of nothing."""
+    own = target.resolve().parent == out.resolve() and target.name.split("-")[0] == "model"
+    if target.exists() and not own and (not target.is_dir() or any(target.iterdir())):
+        raise ExportError(f"{target} exists already; choose a new or empty folder for the export")
 
 
 class replaced_when_complete:
@@ -132,4 +177,4 @@ class replaced_when_complete:
             return
         if self._target.exists():
             shutil.rmtree(self._target)
-        self._work.rename(self._target)
+        os.replace(self._work, self._target)

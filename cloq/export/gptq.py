@@ -8,74 +8,176 @@ Per linear layer with in = K, out = N, group size G and b bits:
     g_idx   int32 [K]                  group of each input
     W[n, k] = (code − zero) · scale
 
-Written as `checkpoint_format: gptq_v2`, which stores zero points as they are; v1 stores zero − 1 and cannot hold an asymmetric 0.
+Written as `checkpoint_format: gptq_v2`, which stores zero points as they are; v1 (`gptq`) stores zero − 1 and cannot hold an asymmetric 0.
 One width and one group size per folder: readers know only those of config.json.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cloq import __version__, packing
 from cloq.errors import ExportError
-from cloq.types import LayerResult, QuantizedWeight, WeightLayout
+from cloq.export.format import FLOATS, Contents, StoredLayer, TensorSpec
+from cloq.models import is_conv1d
+from cloq.types import AnyQuantizedWeight, QuantizedWeight
+
+BITS = (2, 3, 4, 8)
 
 
 @dataclass(frozen=True)
 class Gptq:
-    """The GPTQ v2 format, 2, 3, 4 and 8 bits, symmetric and asymmetric."""
+    """Writes GPTQ v2: 2, 3, 4 and 8 bits, symmetric and asymmetric, activation order, a shorter last group."""
 
-    name: str = "gptq"
+    name: ClassVar[str] = "gptq"
+    dtype: str | None = None
 
-    def check(self, layouts: dict[str, WeightLayout], dense: list[str]) -> None:
-        for name, layout in layouts.items():
+    def check(self, contents: Contents) -> None:
+        for name, layout in contents.layouts.items():
             if layout.kind != "integer":
                 raise ExportError(f"{name} has a codebook ({layout.bits}-bit nf4), which GPTQ files cannot hold; use --format nf4 or dense")
             if layout.shape[0] % 32 or layout.shape[1] % 32:
-                raise ExportError(f"{name} is {layout.shape}; GPTQ packs in and out in multiples of 32. Leave it dense with --skip, or use --format dense")
-        widths = {(layout.bits, layout.group_size) for layout in layouts.values()}
+                raise ExportError(
+                    f"{name} is {layout.shape}; GPTQ packs out and in in multiples of 32. Leave it dense with --skip {name.rsplit('.', 1)[-1]}, "
+                    "or use --format compressed-tensors or dense"
+                )
+        widths = {(layout.bits, layout.group_size) for layout in contents.layouts.values()}
         if len(widths) > 1:
             named = ", ".join(f"{bits} bits in groups of {size or 'a channel'}" for bits, size in sorted(widths, key=str))
             raise ExportError(f"GPTQ files have one width and group size, this run has {named}; use --format compressed-tensors, container or dense")
 
-    def tensors(self, name: str, result: LayerResult) -> dict[str, Tensor]:
-        return encode(result.weight)
+    def tensors(self, name: str, weight: AnyQuantizedWeight, contents: Contents) -> dict[str, Tensor]:
+        return encode(weight)
 
-    def quantization_config(self, layouts: dict[str, WeightLayout], dense: list[str], blocks: str) -> dict[str, Any]:
-        first = next(iter(layouts.values()))
-        symmetric = all(layout.symmetric for layout in layouts.values())
-        return config(first.bits, first.group_size, symmetric, any(layout.permuted for layout in layouts.values()), list(layouts), dense, blocks)
-
-
-def encode(weight: QuantizedWeight) -> dict[str, Tensor]:
-    """A layer's tensors by suffix."""
-    return {
-        "qweight": packing.pack(weight.codes, weight.bits).T.contiguous(),
-        "qzeros": packing.pack(weight.zero.T, weight.bits),
-        "scales": weight.scale.T.to(torch.float16).contiguous(),
-        "g_idx": weight.group_index.int(),
-    }
+    def quantization_config(self, contents: Contents) -> dict[str, Any]:
+        first = next(iter(contents.layouts.values()))
+        symmetric = all(layout.symmetric for layout in contents.layouts.values())
+        return config(first.bits, first.group_size, symmetric, contents)
 
 
-def config(
-    bits: int, group_size: int | None, symmetric: bool, permuted: bool, names: list[str], dense: list[str], blocks: str
-) -> dict[str, Any]:
+def config(bits: int, group_size: int | None, symmetric: bool, contents: Contents) -> dict[str, Any]:
     """The `quantization_config` of a GPTQ folder. `auto_trainable` makes plain `from_pretrained` choose kernels that can train."""
-    values = {
+    inside = [name for name in contents.dense if name.startswith(contents.blocks + ".")]
+    return {
         "quant_method": "gptq",
         "bits": bits,
         "group_size": -1 if group_size is None else group_size,
         "sym": symmetric,
-        "desc_act": permuted,
+        "desc_act": any(layout.permuted for layout in contents.layouts.values()),
         "checkpoint_format": "gptq_v2",
         "format": "gptq_v2",
-        "backend": "auto_trainable",
-        "block_name_to_quantize": blocks,
-        "damp_percent": 0.01,
+        "backend": "torch",
+        "lm_head": False,
+        "block_name_to_quantize": contents.blocks,
         "meta": {"quantizer": [f"cloq:{__version__}"]},
+    } | ({"modules_in_block_to_quantize": [list(contents.layouts)]} if inside else {})
+
+
+def encode(weight: QuantizedWeight) -> dict[str, Tensor]:
+    """A layer's tensors by suffix. Raises `ExportError` for a scale that float16 does not hold (of a base that someone else quantized)."""
+    scales = weight.scale.to(torch.float16)
+    if not torch.equal(scales.float(), weight.scale):
+        raise ExportError("GPTQ stores scales as float16, and this base has finer or larger ones; use --format compressed-tensors or dense")
+    return {
+        "qweight": packing.pack(weight.codes, weight.bits).T.contiguous(),
+        "qzeros": packing.pack(weight.zero.T, weight.bits),
+        "scales": scales.T.contiguous(),
+        "g_idx": weight.group_index.int(),
     }
-    return values | ({"modules_in_block_to_quantize": [names]} if dense else {})
+
+
+def decode(tensors: dict[str, Tensor], bits: int, group_size: int | None) -> QuantizedWeight:
+    """The inverse of `encode`. Without `g_idx`, groups are runs of `group_size` columns."""
+    scale = tensors["scales"].T.float().contiguous()
+    columns = len(tensors["g_idx"]) if "g_idx" in tensors else tensors["qweight"].shape[0] * 32 // bits
+    group_index = tensors["g_idx"].long() if "g_idx" in tensors else torch.arange(columns) // (group_size or columns)
+    zero = packing.unpack(tensors["qzeros"], bits, len(scale)).T.contiguous()
+    codes = packing.unpack(tensors["qweight"].T.contiguous(), bits, columns)
+    return QuantizedWeight(codes, scale, zero, group_index, bits, group_size, bool((zero == 2 ** (bits - 1)).all()))
+
+
+def zeros_v1_to_v2(qzeros: Tensor, bits: int) -> Tensor:
+    """Adds the 1 that v1 leaves out, the way GPTQModel does: field by field modulo 2^bits at 3 bits, else to whole words, where a field
+    that is already full carries into its neighbour (v1 writers never store one for a symmetric grid, and GPTQModel's own subtraction
+    borrows the same way for an asymmetric one)."""
+    if bits == 3:
+        columns = qzeros.shape[1] * 32 // 3
+        return packing.pack((packing.unpack(qzeros, 3, columns) + 1) & 7, 3)
+    ones = sum(1 << shift for shift in range(0, 32, bits))
+    words = (qzeros.long() + ones) & 0xFFFFFFFF
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+@dataclass(frozen=True)
+class GptqReader:
+    """Reads GPTQ v1 and v2 as transformers does through optimum and GPTQModel. modules: the `endswith` list of layers, `None` for all."""
+
+    bits: int
+    group_size: int | None
+    version: int
+    blocks: str | None = None
+    modules: tuple[str, ...] | None = None
+    marker: ClassVar[str] = "qweight"
+
+    @classmethod
+    def of(cls, quantization_config: dict[str, Any]) -> GptqReader:
+        get = quantization_config.get
+        bits, group_size = get("bits"), get("group_size", 128)
+        form = get("checkpoint_format") or get("format") or "gptq"
+        if bits not in BITS or form not in ("gptq", "gptq_v2"):
+            raise ExportError(f"this GPTQ base has {bits} bits in the format {form!r}; read are 2, 3, 4 and 8 bits in gptq and gptq_v2")
+        if any(not key.startswith("-:") for key in get("dynamic") or {}):
+            raise ExportError("this GPTQ base sets widths per module (dynamic), which transformers and PEFT ignore and load wrongly; use another base")
+        modules = get("modules_in_block_to_quantize")
+        flat = None if modules is None else tuple(name for group in modules for name in ([group] if isinstance(group, str) else group))
+        return cls(bits, None if group_size == -1 else group_size, 2 if form == "gptq_v2" else 1, get("block_name_to_quantize"), flat)
+
+    def layers(self, model: nn.Module) -> set[str]:
+        blocks = self.blocks or _usual_blocks(model)
+        found = {n for n, m in model.named_modules() if (type(m) is nn.Linear or is_conv1d(m)) and n.startswith(blocks)}
+        return found if self.modules is None else {name for name in found if name.endswith(self.modules)}
+
+    def specs(self, name: str, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+        rows, columns = shape
+        groups = math.ceil(columns / (self.group_size or columns))
+        return {
+            "qweight": TensorSpec((math.ceil(columns * self.bits / 32), rows), (torch.int32,)),
+            "qzeros": TensorSpec((groups, math.ceil(rows * self.bits / 32)), (torch.int32,)),
+            "scales": TensorSpec((groups, rows), FLOATS),
+            "g_idx": TensorSpec((columns,), (torch.int32,)),
+        }
+
+    def shape(self, layer: StoredLayer) -> tuple[int, int]:
+        words, rows = layer.shape("qweight")
+        return rows, layer.shape("g_idx")[0] if "g_idx" in layer.suffixes else words * 32 // self.bits
+
+    def decode(self, layer: StoredLayer) -> QuantizedWeight:
+        specs = self.specs(layer.name, self.shape(layer))
+        tensors = {suffix: layer.read(suffix) for suffix in specs if suffix != "g_idx" or suffix in layer.suffixes}
+        for suffix, tensor in tensors.items():
+            if tuple(tensor.shape) != specs[suffix].shape:
+                raise ExportError(
+                    f"{layer.name}.{suffix} is {tuple(tensor.shape)}, which is not what {self.bits} bits in groups of "
+                    f"{self.group_size or 'a channel'} need ({specs[suffix].shape}); config.json and the tensors disagree"
+                )
+        if self.version == 1:
+            tensors["qzeros"] = zeros_v1_to_v2(tensors["qzeros"], self.bits)
+        groups = len(tensors["scales"])
+        if "g_idx" in tensors and not 0 <= int(tensors["g_idx"].min()) <= int(tensors["g_idx"].max()) < groups:
+            raise ExportError(f"{layer.name}.g_idx names groups outside 0…{groups - 1}; the file is damaged: fetch or export it again")
+        return decode(tensors, self.bits, self.group_size)
+
+
+def _usual_blocks(model: nn.Module) -> str:
+    """Where optimum looks for blocks if config.json does not say."""
+    usual = ("transformer.h", "model.decoder.layers", "gpt_neox.layers", "model.layers", "model.language_model.layers")
+    names = [name for name, _ in model.named_modules()]
+    found = next((start for start in usual if any(name.startswith(start) for name in names)), None)
+    if found is None:
+        raise ExportError(f"config.json does not say which blocks are quantized; set quantization_config.block_name_to_quantize (usual: {', '.join(usual)})")
+    return found

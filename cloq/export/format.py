@@ -1,0 +1,105 @@
+"""What a file format is: one way to write quantized linear layers into a model folder, and one way to read them back.
+
+Each format lives in one file: a writer (`Format`, a frozen dataclass), a reader (`Reader`: what the real library looks for and how it
+decodes), and `encode` / `decode`, an exact inverse pair.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from cloq.errors import ExportError
+from cloq.models import TensorSource
+from cloq.types import AnyQuantizedWeight, WeightLayout
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a folder will hold, known before any tensor is read.
+
+    layouts: of the quantized layers by full name. dense: full names of all other linear layers, wherever they are: those left as they
+    are, expert routers, the head. blocks: full name of the row of blocks. dtype: of the rest of the model, as config.json says it.
+    conv1d: layers that the model holds as transformers' Conv1D, whose dense weight is stored `(in, out)`.
+    """
+
+    layouts: dict[str, WeightLayout]
+    dense: tuple[str, ...]
+    blocks: str
+    dtype: str
+    conv1d: frozenset[str] = frozenset()
+
+
+class Format(Protocol):
+    """Writes.
+
+    dtype: what everything that is not quantized is converted to; `None` leaves it as it is.
+    check: refuses, with `ExportError`, contents that the format cannot hold, before anything is written.
+    tensors: a layer's tensors by the suffix of their name (`qweight`, `weight`, …).
+    quantization_config: what goes into config.json, or `None`.
+    """
+
+    name: ClassVar[str]
+    dtype: str | None
+
+    def check(self, contents: Contents) -> None: ...
+
+    def tensors(self, name: str, weight: AnyQuantizedWeight, contents: Contents) -> dict[str, Tensor]: ...
+
+    def quantization_config(self, contents: Contents) -> dict[str, Any] | None: ...
+
+
+class TensorSpec(NamedTuple):
+    """Shape and dtypes that a stored tensor may have; a shape of `None` is any."""
+
+    shape: tuple[int, ...] | None
+    dtypes: tuple[torch.dtype, ...]
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """A quantized layer as it lies in a folder. suffixes: of its tensors' names, without the dot after the layer's name."""
+
+    name: str
+    source: TensorSource
+    suffixes: frozenset[str]
+
+    def read(self, suffix: str) -> Tensor:
+        return self.source.read(self._full(suffix))
+
+    def shape(self, suffix: str) -> tuple[int, ...]:
+        return self.source.shape(self._full(suffix))
+
+    def _full(self, suffix: str) -> str:
+        if suffix not in self.suffixes:
+            raise ExportError(f"{self.name} has {', '.join(sorted(self.suffixes))} but no {suffix}; the folder is incomplete: fetch or export it again")
+        return f"{self.name}.{suffix}"
+
+
+class Reader(Protocol):
+    """Reads. Made from a folder's `quantization_config` by `of`, which raises `ExportError` for a variant that cannot be read exactly.
+
+    marker: the suffix that tells a quantized layer among the tensors of a folder.
+    layers: the linear layers of a model that the real library takes for quantized: it looks for their tensors and for no others.
+    specs: what it expects of a layer of shape `(out, in)`, by suffix.
+    shape: `(out, in)` of a stored layer, from headers and tensors of a few bytes.
+    decode: the layer as the library decodes it, before the library rounds to the precision it computes in.
+    """
+
+    marker: ClassVar[str]
+
+    @classmethod
+    def of(cls, quantization_config: dict[str, Any]) -> Reader: ...
+
+    def layers(self, model: nn.Module) -> set[str]: ...
+
+    def specs(self, name: str, shape: tuple[int, int]) -> dict[str, TensorSpec]: ...
+
+    def shape(self, layer: StoredLayer) -> tuple[int, int]: ...
+
+    def decode(self, layer: StoredLayer) -> AnyQuantizedWeight: ...
