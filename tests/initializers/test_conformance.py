@@ -57,7 +57,7 @@ def test_the_contract(name, quantizer, kind, shape):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("quantizer", [QUANTIZERS["rtn 2 bits"], QUANTIZERS["nf4"]], ids=str)
-@pytest.mark.parametrize("shape, rank", [(SHAPES["wide"], 1), (SHAPES["tall"], 12), (LARGE_SHAPES["wide"], 9)], ids=str)
+@pytest.mark.parametrize("shape, rank", [(SHAPES["tall"], 12), (LARGE_SHAPES["wide"], 9)], ids=str)
 def test_no_initializer_beats_cloq_on_its_base(kind, quantizer, shape, rank):
     p = problem(kind, shape)
     base, ours = run("cloq", p, quantizer, rank)

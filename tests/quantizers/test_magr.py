@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as arrays
 from cloq.quantizers import Gptq, Magr, Rtn
 from cloq.quantizers.magr import prox_max
 from cloq.types import LayerStats
-from tests.problems import KINDS, LARGE_SHAPES, SHAPES, output_error, problem
+from tests.problems import LARGE_SHAPES, SHAPES, output_error, problem
 
 
 def l1_projection(row: torch.Tensor, radius: float) -> torch.Tensor:
@@ -63,7 +63,7 @@ def plain_steps(weight, gram, alpha, group_size, steps):
     return current
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("one token", "tiny")])
+@pytest.mark.parametrize("kind", ["well conditioned", "power law", "outlier and dead", "collinear", "mostly constant"])
 @pytest.mark.parametrize("group_size, alpha", [(32, 1e-4), (None, 1e-3)])
 def test_the_objective_falls_at_least_as_far_as_by_many_plain_steps(kind, group_size, alpha):
     p = problem(kind, SHAPES["tall"])
