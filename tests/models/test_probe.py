@@ -32,7 +32,7 @@ SMALL = {"vocab_size": 288, "hidden_size": 64, "num_hidden_layers": 2, "num_atte
 @pytest.mark.parametrize("model_type", ["bert", "electra", "roformer", "megatron-bert"])
 def test_encoders_look_ahead(model_type, odd_family, tmp_path):
     decoder = Decoder(save_tiny(odd_family(model_type, **SMALL), tmp_path))
-    with pytest.raises(ModelError, match="not a causal decoder.*depends on later tokens"):
+    with pytest.raises(ModelError, match=r"not a causal decoder.*depends on later tokens"):
         decoder.enter(TOKENS, 6)
 
 
@@ -58,7 +58,7 @@ def test_blocks_that_share_weights(model_type, odd_family, tmp_path):
     layers = {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "hybrid_layer_ids": [1, 3], "num_hidden_layers": 4}
     heads = {"mamba_d_state": 8, "n_mamba_heads": 4, "mamba_headdim": 32, "num_key_value_heads": 4, "attention_head_dim": 32}
     family = odd_family(model_type, **(SMALL | layers | heads | {"num_mem_blocks": 1, "adapter_rank": 4, "kv_channels": 16}))
-    with pytest.raises(ModelError, match="(ties weights inside its blocks|same layers in several blocks)"):
+    with pytest.raises(ModelError, match=r"(ties weights inside its blocks|same layers in several blocks)"):
         Decoder(save_tiny(family, tmp_path))
 
 

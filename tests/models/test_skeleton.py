@@ -43,7 +43,7 @@ def test_config_that_is_none(text, tmp_path):
 
 
 def test_unknown_model_type(tmp_path):
-    with pytest.raises(ModelError, match="does not describe a model that transformers knows.*nosuchmodel"):
+    with pytest.raises(ModelError, match=r"does not describe a model that transformers knows.*nosuchmodel"):
         Decoder(configured(save_tiny("llama", tmp_path), model_type="nosuchmodel"))
 
 
@@ -109,7 +109,7 @@ def stranger(tmp_path, monkeypatch):
 
 
 def test_code_of_a_model_does_not_run_unasked(stranger, tmp_path):
-    with pytest.raises(ModelError, match="brings its own Python code.*--trust-remote-code"):
+    with pytest.raises(ModelError, match=r"brings its own Python code.*--trust-remote-code"):
         Decoder(stranger)
     assert not list(tmp_path.rglob("ran"))
 
