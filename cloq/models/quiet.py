@@ -7,15 +7,16 @@ import os
 
 _CHATTER = (
     "torchao",  # "Failed to load …so": its CUDA kernels, on a machine that has none
+    "bitsandbytes",  # a faster CPU kernel that it would fetch from the hub
     "torch.utils._pytree",  # deprecations between torch and torchao, at import
     "transformers",  # advice about configurations and generation flags that cloq does not use
 )
 
 
 def quiet_libraries() -> None:
-    """Errors of torchao, torch's pytree and transformers stay; their warnings, and transformers' loading bars, go. Bars of hub
-    downloads stay: people want to watch those. Changes global state, so the command line calls it and the library never
-    does."""
+    """Errors of these libraries stay; their warnings, and transformers' loading bars, go. Bars of hub downloads stay: people want
+    to watch those. Changes global state, so the command line calls it and the library never does.
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when transformers is imported
     for name in _CHATTER:
         logging.getLogger(name).setLevel(logging.ERROR)

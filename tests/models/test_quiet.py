@@ -8,7 +8,7 @@ import sys
 WATCH = """
 import logging, os, sys
 def state():
-    names = ("torchao", "torch.utils._pytree", "transformers")
+    names = ("torchao", "bitsandbytes", "torch.utils._pytree", "transformers")
     return [logging.getLogger(name).level for name in names], os.environ.get("TRANSFORMERS_VERBOSITY")
 before = state()
 """
@@ -35,7 +35,9 @@ from cloq.models import quiet_libraries
 quiet_libraries()
 from transformers import AutoModelForCausalLM
 from cloq.models import Decoder
-import accelerate.utils, torch
+import accelerate.utils, importlib.util, peft, torch
+if importlib.util.find_spec("bitsandbytes"):
+    import bitsandbytes
 model = AutoModelForCausalLM.from_pretrained({str(folder)!r})
 model.save_pretrained({str(tmp_path / "again")!r})
 print(len(Decoder({str(folder)!r}).enter(torch.arange(12).view(2, 6), 6)))
