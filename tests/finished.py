@@ -1,6 +1,7 @@
 """A finished run on a tiny model, made without running the pipeline: a folder with the model, and a store with every block in it.
 
-Nothing is calibrated. The weights are quantized to the nearest code and the factors are random, which is all that formats care for.
+Nothing is calibrated. The weights are quantized to the nearest code and the factors are random, which is all that formats care
+for.
 """
 
 from __future__ import annotations
@@ -86,7 +87,9 @@ def save_model(config, folder: Path, dtype: torch.dtype = torch.float32) -> Path
     return folder
 
 
-def finish(config, root: Path, quantize: Quantize, *, dtype: torch.dtype = torch.float32, rank: int | Callable[[str], int] = RANK) -> Finished:
+def finish(
+    config, root: Path, quantize: Quantize, *, dtype: torch.dtype = torch.float32, rank: int | Callable[[str], int] = RANK
+) -> Finished:
     """Saves the model in `root/original` and a finished store in `root/out`."""
     decoder = Decoder(save_model(config, root / "original", dtype))
     store, found = Store(root / "out"), {}
@@ -96,7 +99,9 @@ def finish(config, root: Path, quantize: Quantize, *, dtype: torch.dtype = torch
         for name, module in decoder.linears(index).items():
             weight = quantize(name, decoder.weight(name, module))
             if weight is not None:
-                results[name] = LayerResult(weight, _factors(linear_shape(module), rank if isinstance(rank, int) else rank(name)), _METRICS)
+                results[name] = LayerResult(
+                    weight, _factors(linear_shape(module), rank if isinstance(rank, int) else rank(name)), _METRICS
+                )
         store.write(index, _with_ranks(results))
         found |= store.read(index)
     return Finished(decoder, store, found)
@@ -113,7 +118,8 @@ def _with_ranks(results: dict[str, LayerResult]) -> dict[str, LayerResult]:
     import dataclasses
 
     return {
-        name: dataclasses.replace(result, metrics=dataclasses.replace(result.metrics, rank=result.factors.rank)) for name, result in results.items()
+        name: dataclasses.replace(result, metrics=dataclasses.replace(result.metrics, rank=result.factors.rank))
+        for name, result in results.items()
     }
 
 

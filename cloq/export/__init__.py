@@ -12,4 +12,16 @@ from cloq.export.peft import write_adapter
 FORMATS: dict[str, type[Format]] = {form.name: form for form in (Gptq, Container, CompressedTensors, Nf4, Dense)}
 """The formats that `cloq export` can name."""
 
-__all__ = ["FORMATS", "CompressedTensors", "Container", "Contents", "Dense", "Format", "Gptq", "Nf4", "check_format", "write_adapter", "write_model"]
+__all__ = [
+    "FORMATS",
+    "CompressedTensors",
+    "Container",
+    "Contents",
+    "Dense",
+    "Format",
+    "Gptq",
+    "Nf4",
+    "check_format",
+    "write_adapter",
+    "write_model",
+]

@@ -8,8 +8,12 @@ Per linear layer with in = K, out = N, group size G and b bits:
     weight_shape       int64 [2]                 (N, K)
     W[n, k] = (code − zero) · scale
 
-The library counts from −2^(b−1) and stores q + 2^(b−1), so the stored codes and zero points are ours. `config_groups` give each layer its
-width, group size and symmetry. G divides K; groups are runs of columns.
+The library counts from −2^(b−1) and stores q + 2^(b−1), so the stored codes and zero points are ours. `config_groups` give each
+layer its width, group size and symmetry. G divides K; groups are runs of columns.
+
+What transformers 5.23 with compressed-tensors 0.20 makes of it: weights stay packed until the first forward, which PEFT cannot
+wrap, and packed zero points fail to load at all. `dequantize: true` in the configuration makes it decode while loading, which
+does both, but with the first group's width for every layer; so it is written where there is one group.
 """
 
 from __future__ import annotations
@@ -46,9 +50,17 @@ class CompressedTensors:
     dtype: str | None = None
 
     def check(self, contents: Contents) -> None:
+        if contents.fused:
+            raise ExportError(
+                f"the files hold {contents.fused[0]} in pieces, and transformers cannot put it together beside "
+                "compressed-tensors layers; use --format gptq, container or dense"
+            )
         for name, layout in contents.layouts.items():
             if layout.kind != "integer":
-                raise ExportError(f"{name} has a codebook ({layout.bits}-bit nf4), which pack-quantized files cannot hold; use --format nf4 or dense")
+                raise ExportError(
+                    f"{name} has a codebook ({layout.bits}-bit nf4), which pack-quantized files cannot hold; use --format nf4 or "
+                    "dense"
+                )
             if name in contents.conv1d:
                 raise ExportError(f"{name} is a Conv1D, which compressed-tensors does not load; use --format gptq or dense")
             if layout.permuted:
@@ -58,8 +70,9 @@ class CompressedTensors:
                 )
             if layout.group_size and layout.shape[1] % layout.group_size:
                 raise ExportError(
-                    f"{name} has {layout.shape[1]} inputs, which groups of {layout.group_size} do not divide, and compressed-tensors has no "
-                    "shorter last group; quantize with --group-size 32 or channel, or use --format gptq or dense"
+                    f"{name} has {layout.shape[1]} inputs, which groups of {layout.group_size} do not divide, and "
+                    "compressed-tensors has no shorter last group; quantize with --group-size 32 or channel, or use --format "
+                    "gptq or dense"
                 )
 
     def tensors(self, name: str, weight: AnyQuantizedWeight, contents: Contents) -> dict[str, Tensor]:
@@ -74,7 +87,10 @@ class CompressedTensors:
             "quant_method": "compressed-tensors",
             "format": FORMAT,
             "quantization_status": "compressed",
-            "config_groups": {f"group_{i}": _config_group(s, ["Linear"] if single else names) for i, (s, names) in enumerate(groups.items())},
+            "config_groups": {
+                f"group_{i}": _config_group(scheme, ["Linear"] if single else names)
+                for i, (scheme, names) in enumerate(groups.items())
+            },
             "ignore": list(contents.dense),
         } | ({"dequantize": True} if single else {})
 
@@ -96,7 +112,8 @@ def _config_group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
 
 
 def encode(weight: QuantizedWeight) -> dict[str, Tensor]:
-    """A layer's tensors by suffix. Scales that float16 holds are stored as float16, others (of a base made by someone else) as float32."""
+    """A layer's tensors by suffix. Scales that float16 holds are stored so, others (of a base made by someone else) as
+    float32."""
     half = weight.scale.half()
     tensors = {
         "weight_packed": packing.pack(weight.codes, weight.bits),
@@ -136,8 +153,9 @@ class CompressedTensorsReader:
             raise ExportError(f"this compressed-tensors base has the format {form!r}; {FORMAT} is what can be read")
         if quantization_config.get("transform_config"):
             raise ExportError("this compressed-tensors base rotates its activations (transform_config), which is not supported")
-        groups = tuple((tuple(g["targets"]), _read_scheme(name, g)) for name, g in quantization_config.get("config_groups", {}).items())
-        return cls(groups, tuple(quantization_config.get("ignore") or ()))
+        groups = quantization_config.get("config_groups") or {}
+        schemes = tuple((tuple(group["targets"]), _read_scheme(name, group)) for name, group in groups.items())
+        return cls(schemes, tuple(quantization_config.get("ignore") or ()))
 
     def layers(self, model: nn.Module) -> set[str]:
         linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -148,6 +166,9 @@ class CompressedTensorsReader:
             return any(_names(pattern, name) or pattern in kinds[name] for pattern in patterns)
 
         return {name for name, _ in linears if among(name, targets) and not among(name, self.ignore)}
+
+    def obstacle(self, model: nn.Module, layers: set[str]) -> str | None:
+        return None
 
     def scheme(self, name: str) -> Scheme:
         """Of a layer: an exact target wins over a pattern, a pattern over a class name."""
@@ -175,14 +196,17 @@ class CompressedTensorsReader:
 
     def decode(self, layer: StoredLayer) -> QuantizedWeight:
         if "weight_g_idx" in layer.suffixes:
-            raise ExportError(f"{layer.name} has its groups in activation order (weight_g_idx), which compressed-tensors no longer reads either")
+            raise ExportError(
+                f"{layer.name} has its groups in activation order (weight_g_idx), which compressed-tensors no longer reads; use "
+                "another base"
+            )
         specs = self.specs(layer.name, self.shape(layer))
         tensors = {suffix: layer.read(suffix) for suffix in specs}
         for suffix, tensor in tensors.items():
             if tuple(tensor.shape) != specs[suffix].shape:
                 raise ExportError(
-                    f"{layer.name}.{suffix} is {tuple(tensor.shape)}, where config.json asks for {specs[suffix].shape}; the two disagree, "
-                    "or an old version of the library packed it"
+                    f"{layer.name}.{suffix} is {tuple(tensor.shape)}, where config.json asks for {specs[suffix].shape}; "
+                    "the two disagree, or an old version of the library packed it"
                 )
         return decode(tensors, self.scheme(layer.name))
 
@@ -194,7 +218,10 @@ def _read_scheme(name: str, group: dict[str, Any]) -> Scheme:
     if group.get("input_activations") or group.get("output_activations"):
         raise ExportError(f"{name} of this compressed-tensors base quantizes activations too, which is not supported")
     if weights.get("type", "int") != "int" or bits not in (2, 3, 4, 8) or strategy not in ("group", "channel"):
-        raise ExportError(f"{name} of this compressed-tensors base has {bits} bits per {strategy}; read are integers of 2, 3, 4, 8 bits per group or channel")
+        raise ExportError(
+            f"{name} of this compressed-tensors base has {bits} bits ({weights.get('type', 'int')}) per {strategy}; "
+            "read are integers of 2, 3, 4 and 8 bits per group or channel"
+        )
     return Scheme(bits, size if strategy == "group" else None, bool(weights.get("symmetric", True)))
 
 

@@ -2,8 +2,8 @@
 
     (q − z) · s  =  ((q − z + 8) − 8) · s       so the new code is q − z + 8, the new zero point 8, the scale the same
 
-For 2 and 3 bits `q − z` lies in −7…7, so the new code fits in 0…15; a symmetric 4-bit grid has these codes already. Memory is that of
-4 bits.
+For 2 and 3 bits `q − z` lies in −7…7, so the new code fits in 0…15; a symmetric 4-bit grid has these codes already. Memory is
+that of 4 bits.
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ class Container:
             if layout.kind == "integer" and (layout.bits > 4 or (layout.bits == 4 and not layout.symmetric)):
                 kind = "symmetric" if layout.symmetric else "asymmetric"
                 raise ExportError(
-                    f"{name} has {layout.bits} bits, {kind}: code − zero does not fit in −8…7, so 4 bits with the zero point 8 cannot hold it. "
-                    "Use --format compressed-tensors or gptq, or quantize with 2 or 3 bits or with --symmetric"
+                    f"{name} has {layout.bits} bits, {kind}: code − zero does not fit in −8…7, so 4 bits with the zero point 8 "
+                    "cannot hold it. Use --format compressed-tensors or gptq, or quantize to 2 or 3 bits, or to 4 with "
+                    "--symmetric"
                 )
             if layout.kind == "integer" and layout.group_size and layout.shape[1] % layout.group_size:
                 raise ExportError(
-                    f"{name} has {layout.shape[1]} inputs, which groups of {layout.group_size} do not divide; no server takes that. "
-                    "Quantize with --group-size 32 or channel, or use --format gptq or dense"
+                    f"{name} has {layout.shape[1]} inputs, which groups of {layout.group_size} do not divide, and no server "
+                    "takes that; quantize with --group-size 32 or channel, or use --format gptq or dense"
                 )
         gptq.Gptq().check(dataclasses.replace(contents, layouts={n: _recoded_layout(v) for n, v in contents.layouts.items()}))
 
@@ -60,6 +61,9 @@ def recode(weight: QuantizedWeight) -> QuantizedWeight:
     """The same values on a symmetric 4-bit grid. Raises `ExportError` if a code falls outside of 0…15."""
     codes = weight.codes.short() - weight.zero.short()[:, weight.group_index] + _ZERO
     if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) <= 15:
-        raise ExportError(f"code − zero runs from {int(codes.min()) - _ZERO} to {int(codes.max()) - _ZERO}; the 4-bit container holds −8…7")
+        low, high = int(codes.min()) - _ZERO, int(codes.max()) - _ZERO
+        raise ExportError(
+            f"code − zero runs from {low} to {high}, and the 4-bit container holds −8…7; use --format gptq or compressed-tensors"
+        )
     zero = torch.full_like(weight.zero, _ZERO)
     return dataclasses.replace(weight, codes=codes.to(torch.uint8), zero=zero, bits=4, symmetric=True)

@@ -1,9 +1,9 @@
-"""Dense: every quantized weight decoded to 16 or 32 bits. Loads anywhere, saves nothing; for tools that read nothing else, and to compare."""
+"""Dense: every quantized weight decoded to 16 or 32 bits. Loads anywhere and saves nothing: for tools that read nothing else."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 @dataclass(frozen=True)
 class Dense:
-    """Writes decoded weights, and everything else, in `dtype`: bfloat16, float16 or float32. Only float32 holds every grid exactly."""
+    """Writes decoded weights, and everything else, in `dtype`: bfloat16, float16 or float32. Only float32 holds any grid
+    exactly."""
 
     name: ClassVar[str] = "dense"
     dtype: str = "bfloat16"

@@ -1,7 +1,7 @@
 """Writes a quantized model as an ordinary Hugging Face folder, shard by shard, whatever the format of its linear layers.
 
-What is not quantized is copied tensor by tensor from the original; what is comes block by block from the store. The folder appears under
-its name only when it is complete. Equal runs write equal bytes.
+What is not quantized is copied tensor by tensor from the original; what is comes block by block from the store. The folder
+appears under its name only when it is complete. Equal runs write equal bytes.
 """
 
 from __future__ import annotations
@@ -34,19 +34,14 @@ _NOT_COPIED = ("config.json", "*.index.json", "adapter_config.json", "quantize_c
 def write_model(decoder: Decoder, store: Store, form: Format, target: Path) -> Path:
     """Writes `target` in the given format from a finished store. Replaces an earlier export of the run, and nothing else.
 
-    Raises `ExportError` if the format cannot hold the result, the run is not finished, or `target` is a folder with other content;
-    `RunError` if the disk is full.
+    Raises `ExportError` if the format cannot hold the result, the run is not finished, or `target` has other content; `RunError`
+    if the disk is full.
     """
-    if store.finished() < len(decoder.blocks):
-        raise ExportError(f"{store.out} has {store.finished()} of {len(decoder.blocks)} blocks finished; run cloq quantize again to complete it")
+    finished, total = store.finished(), len(decoder.blocks)
+    if finished < total:
+        raise ExportError(f"{store.out} has {finished} of {total} blocks finished; run cloq quantize again to complete it")
     _refuse_other_content(target, store.out)
-    config = _plain_config(decoder, form)
-    contents = _contents(decoder, {name: summary.layout for name, summary in store.summaries().items()}, config["dtype"])
-    form.check(contents)
-    quantization = form.quantization_config(contents)
-    if quantization is not None:
-        config["quantization_config"] = quantization
-        _check_agreement(decoder.model, quantization, contents, form.name)
+    config, contents = _checked(decoder, {name: summary.layout for name, summary in store.summaries().items()}, form)
     with writing(target.parent), replaced_when_complete(target) as folder:
         _write_shards(_all_tensors(decoder, store, form, contents), folder)
         write_atomically(folder / "config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
@@ -56,13 +51,26 @@ def write_model(decoder: Decoder, store: Store, form: Format, target: Path) -> P
 
 def check_format(decoder: Decoder, layouts: dict[str, WeightLayout], form: Format) -> None:
     """Raises `ExportError` if the format cannot hold layers of these layouts: to be asked before the work, not after it."""
-    form.check(_contents(decoder, layouts, _plain_config(decoder, form)["dtype"]))
+    _checked(decoder, layouts, form)
+
+
+def _checked(decoder: Decoder, layouts: dict[str, WeightLayout], form: Format) -> tuple[dict[str, Any], Contents]:
+    """The config.json and the contents of the folder to be."""
+    config = _plain_config(decoder, form)
+    contents = _contents(decoder, layouts, config["dtype"])
+    form.check(contents)
+    quantization = form.quantization_config(contents)
+    if quantization is not None:
+        config["quantization_config"] = quantization
+        _check_agreement(decoder.model, quantization, contents, form.name)
+    return config, contents
 
 
 def _contents(decoder: Decoder, layouts: dict[str, WeightLayout], dtype: str) -> Contents:
     linears = {name: m for name, m in decoder.model.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m)}
     conv1d = frozenset(name for name, module in linears.items() if is_conv1d(module))
-    return Contents(layouts, tuple(name for name in linears if name not in layouts), decoder.prefix, dtype, conv1d)
+    fused = tuple(name for name, origin in decoder.source_names.items() if origin.converter is not None)
+    return Contents(layouts, tuple(name for name in linears if name not in layouts), decoder.prefix, dtype, conv1d, fused)
 
 
 def _plain_config(decoder: Decoder, form: Format) -> dict[str, Any]:
@@ -83,11 +91,17 @@ def _commonest_dtype(decoder: Decoder) -> str:
 
 
 def _check_agreement(model: nn.Module, quantization: dict[str, Any], contents: Contents, form: str) -> None:
-    """The library that will load the folder must look for exactly the layers that are in it: it finds them by rules of its own."""
-    expected, written = reader_of(quantization).layers(model), set(contents.layouts)
-    for name in sorted(written ^ expected):
-        what = f"would not load {name} ({type(model.get_submodule(name)).__name__}) as quantized" if name in written else f"would look for codes of {name}"
-        raise ExportError(f"transformers {what}, so --format {form} cannot hold this model; use --format dense, or leave such layers dense with --skip")
+    """The library that will load the folder must look for exactly the layers that are in it: it finds them by rules of its
+    own."""
+    reader, written = reader_of(quantization), set(contents.layouts)
+    remedy = "use --format compressed-tensors or dense, or leave such layers dense with --skip"
+    for name in sorted(written ^ reader.layers(model)):
+        kind = type(model.get_submodule(name)).__name__
+        what = f"takes {name}, a {kind}, for dense" if name in written else f"looks for codes of {name}, a {kind}"
+        raise ExportError(f"transformers {what}, so --format {form} cannot hold this model; {remedy}")
+    obstacle = reader.obstacle(model, written)
+    if obstacle:
+        raise ExportError(f"--format {form} cannot hold this model: {obstacle}; {remedy}")
 
 
 def _all_tensors(decoder: Decoder, store: Store, form: Format, contents: Contents) -> Iterator[tuple[str, Tensor]]:
@@ -154,7 +168,8 @@ def _copy_companions(source: Path, target: Path, code: bool) -> None:
 
 
 def _refuse_other_content(target: Path, out: Path) -> None:
-    """An export may take the place of an earlier one in the run's folder (`model`, `model-nf4`), of an empty folder, or of nothing."""
+    """An export may take the place of an earlier one in the run's folder (`model`, `model-nf4`), of an empty folder, or of
+    nothing."""
     own = target.resolve().parent == out.resolve() and target.name.split("-")[0] == "model"
     if target.exists() and not own and (not target.is_dir() or any(target.iterdir())):
         raise ExportError(f"{target} exists already; choose a new or empty folder for the export")

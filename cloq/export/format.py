@@ -1,7 +1,7 @@
 """What a file format is: one way to write quantized linear layers into a model folder, and one way to read them back.
 
-Each format lives in one file: a writer (`Format`, a frozen dataclass), a reader (`Reader`: what the real library looks for and how it
-decodes), and `encode` / `decode`, an exact inverse pair.
+Each format lives in one file: a writer (`Format`, a frozen dataclass), a reader (`Reader`: what the real library looks for and
+how it decodes), and `encode` / `decode`, an exact inverse pair.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 class Contents:
     """What a folder will hold, known before any tensor is read.
 
-    layouts: of the quantized layers by full name. dense: full names of all other linear layers, wherever they are: those left as they
-    are, expert routers, the head. blocks: full name of the row of blocks. dtype: of the rest of the model, as config.json says it.
-    conv1d: layers that the model holds as transformers' Conv1D, whose dense weight is stored `(in, out)`.
+    layouts: of the quantized layers by full name. dense: full names of all other linear layers, wherever they are: those left
+    alone, expert routers, the head. blocks: full name of the row of blocks. dtype: of the rest of the model, as config.json has
+    it.
+    conv1d: layers that the model holds as transformers' Conv1D, whose dense weight is stored `(in, out)`. fused: weights that the
+    files hold in pieces and the model as one, such as experts.
     """
 
     layouts: dict[str, WeightLayout]
@@ -33,6 +35,7 @@ class Contents:
     blocks: str
     dtype: str
     conv1d: frozenset[str] = frozenset()
+    fused: tuple[str, ...] = ()
 
 
 class Format(Protocol):
@@ -77,15 +80,17 @@ class StoredLayer:
 
     def _full(self, suffix: str) -> str:
         if suffix not in self.suffixes:
-            raise ExportError(f"{self.name} has {', '.join(sorted(self.suffixes))} but no {suffix}; the folder is incomplete: fetch or export it again")
+            have = ", ".join(sorted(self.suffixes))
+            raise ExportError(f"{self.name} has {have} but no {suffix}; the folder is incomplete: fetch or export it again")
         return f"{self.name}.{suffix}"
 
 
 class Reader(Protocol):
-    """Reads. Made from a folder's `quantization_config` by `of`, which raises `ExportError` for a variant that cannot be read exactly.
+    """Reads. Made from a folder's `quantization_config` by `of`, which raises `ExportError` for what cannot be read exactly.
 
     marker: the suffix that tells a quantized layer among the tensors of a folder.
     layers: the linear layers of a model that the real library takes for quantized: it looks for their tensors and for no others.
+    obstacle: why it cannot load this model with those layers quantized, `None` where it can. model needs no weights.
     specs: what it expects of a layer of shape `(out, in)`, by suffix.
     shape: `(out, in)` of a stored layer, from headers and tensors of a few bytes.
     decode: the layer as the library decodes it, before the library rounds to the precision it computes in.
@@ -97,6 +102,8 @@ class Reader(Protocol):
     def of(cls, quantization_config: dict[str, Any]) -> Reader: ...
 
     def layers(self, model: nn.Module) -> set[str]: ...
+
+    def obstacle(self, model: nn.Module, layers: set[str]) -> str | None: ...
 
     def specs(self, name: str, shape: tuple[int, int]) -> dict[str, TensorSpec]: ...
 

@@ -8,8 +8,9 @@ Per linear layer with in = K, out = N, group size G and b bits:
     g_idx   int32 [K]                  group of each input
     W[n, k] = (code − zero) · scale
 
-Written as `checkpoint_format: gptq_v2`, which stores zero points as they are; v1 (`gptq`) stores zero − 1 and cannot hold an asymmetric 0.
-One width and one group size per folder: readers know only those of config.json.
+Written as `checkpoint_format: gptq_v2`, which stores zero points as they are; v1 (`gptq`) stores zero − 1 and cannot hold an
+asymmetric 0. One width and one group size per folder: readers know only those of config.json. The library multiplies in float16,
+the precision of the scales, so what it computes with is float16(W), whatever precision the rest of the model is in.
 """
 
 from __future__ import annotations
@@ -40,16 +41,21 @@ class Gptq:
     def check(self, contents: Contents) -> None:
         for name, layout in contents.layouts.items():
             if layout.kind != "integer":
-                raise ExportError(f"{name} has a codebook ({layout.bits}-bit nf4), which GPTQ files cannot hold; use --format nf4 or dense")
+                raise ExportError(
+                    f"{name} has a codebook ({layout.bits}-bit nf4), which GPTQ files cannot hold; use --format nf4 or dense"
+                )
             if layout.shape[0] % 32 or layout.shape[1] % 32:
                 raise ExportError(
-                    f"{name} is {layout.shape}; GPTQ packs out and in in multiples of 32. Leave it dense with --skip {name.rsplit('.', 1)[-1]}, "
-                    "or use --format compressed-tensors or dense"
+                    f"{name} is {layout.shape}, and GPTQ packs outputs and inputs in multiples of 32. Leave it dense with "
+                    f"--skip {name.rsplit('.', 1)[-1]}, or use --format compressed-tensors or dense"
                 )
         widths = {(layout.bits, layout.group_size) for layout in contents.layouts.values()}
         if len(widths) > 1:
             named = ", ".join(f"{bits} bits in groups of {size or 'a channel'}" for bits, size in sorted(widths, key=str))
-            raise ExportError(f"GPTQ files have one width and group size, this run has {named}; use --format compressed-tensors, container or dense")
+            raise ExportError(
+                f"GPTQ files have one width and group size, this run has {named}; use --format compressed-tensors, container or "
+                "dense"
+            )
 
     def tensors(self, name: str, weight: AnyQuantizedWeight, contents: Contents) -> dict[str, Tensor]:
         return encode(weight)
@@ -61,7 +67,12 @@ class Gptq:
 
 
 def config(bits: int, group_size: int | None, symmetric: bool, contents: Contents) -> dict[str, Any]:
-    """The `quantization_config` of a GPTQ folder. `auto_trainable` makes plain `from_pretrained` choose kernels that can train."""
+    """The `quantization_config` of a GPTQ folder.
+
+    `backend: torch` makes plain `from_pretrained` take the one kernel that is exact and trains at every width, group size and
+    device. Left to choose, GPTQModel takes kernels that refuse to train (GPU), or that compute in bfloat16 and, once used for
+    inference, pass no gradient to the layers below (4 bits on a CPU, even under `auto_trainable`).
+    """
     inside = [name for name in contents.dense if name.startswith(contents.blocks + ".")]
     return {
         "quant_method": "gptq",
@@ -79,10 +90,11 @@ def config(bits: int, group_size: int | None, symmetric: bool, contents: Content
 
 
 def encode(weight: QuantizedWeight) -> dict[str, Tensor]:
-    """A layer's tensors by suffix. Raises `ExportError` for a scale that float16 does not hold (of a base that someone else quantized)."""
+    """A layer's tensors by suffix. Raises `ExportError` for a scale that float16 does not hold (of a base made by someone
+    else)."""
     scales = weight.scale.to(torch.float16)
     if not torch.equal(scales.float(), weight.scale):
-        raise ExportError("GPTQ stores scales as float16, and this base has finer or larger ones; use --format compressed-tensors or dense")
+        raise ExportError("GPTQ stores scales as float16, and this base has others; use --format compressed-tensors or dense")
     return {
         "qweight": packing.pack(weight.codes, weight.bits).T.contiguous(),
         "qzeros": packing.pack(weight.zero.T, weight.bits),
@@ -102,9 +114,9 @@ def decode(tensors: dict[str, Tensor], bits: int, group_size: int | None) -> Qua
 
 
 def zeros_v1_to_v2(qzeros: Tensor, bits: int) -> Tensor:
-    """Adds the 1 that v1 leaves out, the way GPTQModel does: field by field modulo 2^bits at 3 bits, else to whole words, where a field
-    that is already full carries into its neighbour (v1 writers never store one for a symmetric grid, and GPTQModel's own subtraction
-    borrows the same way for an asymmetric one)."""
+    """Adds the 1 that v1 leaves out, as GPTQModel does: field by field modulo 2^bits at 3 bits, else to whole words, where a
+    field that is already full carries into its neighbour. (A symmetric grid has none; for an asymmetric one GPTQModel's writer
+    borrows alike.)"""
     if bits == 3:
         columns = qzeros.shape[1] * 32 // 3
         return packing.pack((packing.unpack(qzeros, 3, columns) + 1) & 7, 3)
@@ -115,7 +127,8 @@ def zeros_v1_to_v2(qzeros: Tensor, bits: int) -> Tensor:
 
 @dataclass(frozen=True)
 class GptqReader:
-    """Reads GPTQ v1 and v2 as transformers does through optimum and GPTQModel. modules: the `endswith` list of layers, `None` for all."""
+    """Reads GPTQ v1 and v2 as transformers does through optimum and GPTQModel. modules: ends of the names of quantized layers,
+    `None` for every linear layer in the blocks."""
 
     bits: int
     group_size: int | None
@@ -130,17 +143,39 @@ class GptqReader:
         bits, group_size = get("bits"), get("group_size", 128)
         form = get("checkpoint_format") or get("format") or "gptq"
         if bits not in BITS or form not in ("gptq", "gptq_v2"):
-            raise ExportError(f"this GPTQ base has {bits} bits in the format {form!r}; read are 2, 3, 4 and 8 bits in gptq and gptq_v2")
+            raise ExportError(
+                f"this GPTQ base has {bits} bits in the format {form!r}; read are 2, 3, 4, 8 bits in gptq and gptq_v2"
+            )
         if any(not key.startswith("-:") for key in get("dynamic") or {}):
-            raise ExportError("this GPTQ base sets widths per module (dynamic), which transformers and PEFT ignore and load wrongly; use another base")
+            raise ExportError(
+                "this GPTQ base sets widths per module (dynamic), which transformers ignores, so PEFT cannot train on it; use "
+                "another base"
+            )
         modules = get("modules_in_block_to_quantize")
-        flat = None if modules is None else tuple(name for group in modules for name in ([group] if isinstance(group, str) else group))
-        return cls(bits, None if group_size == -1 else group_size, 2 if form == "gptq_v2" else 1, get("block_name_to_quantize"), flat)
+        if modules is not None:
+            modules = tuple(name for group in modules for name in ([group] if isinstance(group, str) else group))
+        return cls(
+            bits, None if group_size == -1 else group_size, 2 if form == "gptq_v2" else 1, get("block_name_to_quantize"), modules
+        )
 
     def layers(self, model: nn.Module) -> set[str]:
         blocks = self.blocks or _usual_blocks(model)
         found = {n for n, m in model.named_modules() if (type(m) is nn.Linear or is_conv1d(m)) and n.startswith(blocks)}
         return found if self.modules is None else {name for name in found if name.endswith(self.modules)}
+
+    def obstacle(self, model: nn.Module, layers: set[str]) -> str | None:
+        """transformers initialises modules again after loading, which skips what is loaded; but a few models (GPT-2) then reach
+        for the `weight` of a layer inside the module, and a packed layer has none. Found out by calling that initialisation."""
+        seen = set()
+        for name in sorted(layers):
+            path, _, leaf = name.rpartition(".")
+            parent = model.get_submodule(path)
+            if (type(parent), leaf) not in seen and _initialization_needs(model, parent, leaf):
+                return (
+                    f"transformers initialises {type(parent).__name__} through the weight of {name}, and a packed layer has none"
+                )
+            seen.add((type(parent), leaf))
+        return None
 
     def specs(self, name: str, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         rows, columns = shape
@@ -169,8 +204,23 @@ class GptqReader:
             tensors["qzeros"] = zeros_v1_to_v2(tensors["qzeros"], self.bits)
         groups = len(tensors["scales"])
         if "g_idx" in tensors and not 0 <= int(tensors["g_idx"].min()) <= int(tensors["g_idx"].max()) < groups:
-            raise ExportError(f"{layer.name}.g_idx names groups outside 0…{groups - 1}; the file is damaged: fetch or export it again")
+            raise ExportError(f"{layer.name}.g_idx names groups outside of 0…{groups - 1}; the file is damaged: export it again")
         return decode(tensors, self.bits, self.group_size)
+
+
+def _initialization_needs(model: nn.Module, parent: nn.Module, child: str) -> bool:
+    """Whether initialising `parent` fails with a module without weight in the place of `child`. The model is on the meta
+    device."""
+    layer = parent.get_submodule(child)
+    setattr(parent, child, nn.Module())
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model._init_weights(parent)
+    except AttributeError:
+        return True
+    finally:
+        setattr(parent, child, layer)
+    return False
 
 
 def _usual_blocks(model: nn.Module) -> str:
@@ -179,5 +229,7 @@ def _usual_blocks(model: nn.Module) -> str:
     names = [name for name, _ in model.named_modules()]
     found = next((start for start in usual if any(name.startswith(start) for name in names)), None)
     if found is None:
-        raise ExportError(f"config.json does not say which blocks are quantized; set quantization_config.block_name_to_quantize (usual: {', '.join(usual)})")
+        raise ExportError(
+            f"config.json does not say which blocks are quantized: set block_name_to_quantize in it (usual: {', '.join(usual)})"
+        )
     return found

@@ -46,7 +46,9 @@ class Nf4:
                     "use --format gptq, compressed-tensors or container, or quantize with --quantizer nf4 --bits 4"
                 )
             if layout.shape[0] * layout.shape[1] % 2:
-                raise ExportError(f"{name} has an odd number of weights {layout.shape}, and NF4 stores two in a byte; leave it dense with --skip")
+                raise ExportError(
+                    f"{name} {layout.shape} has an odd number of weights, and NF4 stores two a byte; leave it dense with --skip"
+                )
 
     def tensors(self, name: str, weight: AnyQuantizedWeight, contents: Contents) -> dict[str, Tensor]:
         return encode(weight, contents.dtype)
@@ -85,7 +87,8 @@ def decode(tensors: dict[str, Tensor]) -> CodebookWeight:
     absmax = tensors["weight.absmax"]
     if "weight.nested_absmax" in tensors:
         block = torch.arange(len(absmax)) // state["nested_blocksize"]
-        absmax = tensors["weight.nested_quant_map"][absmax.long()] * tensors["weight.nested_absmax"][block] + state["nested_offset"]
+        scale = tensors["weight.nested_absmax"][block]
+        absmax = tensors["weight.nested_quant_map"][absmax.long()] * scale + state["nested_offset"]
     return CodebookWeight(codes, absmax.float(), tensors["weight.quant_map"].float(), state["blocksize"])
 
 
@@ -95,7 +98,8 @@ def _state(packed: Tensor) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Nf4Reader:
-    """Reads NF4 as transformers does through bitsandbytes. skip: names that it leaves dense, `None` for its default (the head and tied)."""
+    """Reads NF4 as transformers does through bitsandbytes. skip: names that it leaves dense, `None` for its default (head, tied
+    ones)."""
 
     skip: tuple[str, ...] | None = None
     double: bool = False
@@ -113,8 +117,13 @@ class Nf4Reader:
     def layers(self, model: nn.Module) -> set[str]:
         from transformers.quantizers.base import get_keys_to_not_convert
 
-        skip = get_keys_to_not_convert(model) if self.skip is None else [*self.skip, *(getattr(model, "_keep_in_fp32_modules", None) or ())]
-        return {n for n, m in model.named_modules() if (type(m) is nn.Linear or is_conv1d(m)) and not any(_skips(key, n) for key in skip)}
+        skip = list(get_keys_to_not_convert(model) if self.skip is None else self.skip)
+        skip += getattr(model, "_keep_in_fp32_modules", None) or ()
+        linears = [name for name, module in model.named_modules() if type(module) is nn.Linear or is_conv1d(module)]
+        return {name for name in linears if not any(_skips(key, name) for key in skip)}
+
+    def obstacle(self, model: nn.Module, layers: set[str]) -> str | None:
+        return None
 
     def specs(self, name: str, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         nested = {"weight.nested_absmax", "weight.nested_quant_map"} if self.double else set()

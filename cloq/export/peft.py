@@ -25,8 +25,8 @@ _PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 def write_adapter(store: Store, base: str, all_linears: list[str], target: Path) -> Path:
     """Writes the factors of a finished store.
 
-    base: what `base_model_name_or_path` says. all_linears: full names of every linear layer in the model, so that short target names can
-    be used where they are not ambiguous. The factors stay float32.
+    base: what `base_model_name_or_path` says. all_linears: full names of every linear layer in the model, so that short target
+    names can be used where they are not ambiguous. The factors stay float32.
     """
     ranks = {name: summary.metrics.rank for name, summary in store.summaries().items()}
     tensors: dict[str, Tensor] = {}

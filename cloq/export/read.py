@@ -4,8 +4,9 @@
     folder.weight("model.layers.0.mlp.up_proj")     the codes, scales and zero points
     folder.decoder()                                the whole model, streamed like any other, decoded as it is read
 
-GPTQ v1 and v2, bitsandbytes NF4 and compressed-tensors pack-quantized; a folder without `quantization_config` has no quantized layers.
-"Exactly" is before the library rounds to the precision that it computes in: a file's float16 scale times an integer, in float32.
+GPTQ v1 and v2, bitsandbytes NF4, compressed-tensors pack-quantized; a folder without `quantization_config` has no quantized
+layers. "Exactly" is before the library rounds to the precision that it computes in: a float16 scale times an integer is given in
+float32.
 """
 
 from __future__ import annotations
@@ -97,8 +98,8 @@ class QuantizedFolder:
         return Decoder(self.folder, device, dtype, trust_remote_code, tensors=self.tensors(model))
 
     def tensors(self, model: nn.Module) -> TensorSource:
-        """The folder's tensors as `model` (no weights needed) would have them dense: `<name>.weight` in float32 for quantized layers, the
-        stored tensor for all others."""
+        """The folder's tensors as `model` (no weights needed) would have them dense: `<name>.weight` in float32 for quantized
+        layers, the stored tensor for all others."""
         conv1d = {name for name, module in model.named_modules() if is_conv1d(module)}
         turned = {name for name in self._layers if any(name == other or other.endswith("." + name) for other in conv1d)}
         return _DecodedTensors(self, frozenset(turned))
