@@ -57,12 +57,13 @@ def gram_matrices(
         rows = x.detach().flatten(0, -2).float()
         if name not in sums:
             sums[name] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
-        sums[name].addmm_(rows.T, rows)
+        with _full_precision():
+            sums[name].addmm_(rows.T, rows)
         tokens[name] += rows.shape[0]
         if len(reached) == len(names):
             raise _Enough
 
-    with torch.no_grad(), _full_precision(), _watching(linears, names, see):
+    with torch.no_grad(), _watching(linears, names, see):
         for run in runs:
             reached.clear()
             with suppress(_Enough):
@@ -114,10 +115,23 @@ def _watching(linears: dict[str, nn.Module], names: Iterable[str], see: Callable
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
-    """Float32 products of float32 matrices on GPUs too, whatever the caller has set."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    """Float32 products of float32 matrices, whatever the caller has chosen for speed: TF32 on GPUs, bfloat16 on some CPUs."""
+    if not hasattr(
+        torch.backends.cuda.matmul, "fp32_precision"
+    ):  # torch before 2.9; newer ones refuse the old setting beside the new
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return
+    matmuls = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    chosen = [matmul.fp32_precision for matmul in matmuls]
+    for matmul in matmuls:
+        matmul.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for matmul, precision in zip(matmuls, chosen, strict=True):
+            matmul.fp32_precision = precision

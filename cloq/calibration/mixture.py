@@ -62,7 +62,7 @@ def shares(weights: Sequence[float], total: int) -> list[int]:
     Largest remainder; of equal remainders the first.
     """
     exact = [weight * total for weight in weights]
-    whole = [int(share + 1e-9) for share in exact]
+    whole = [int(share) for share in exact]
     by_remainder = sorted(range(len(weights)), key=lambda i: whole[i] - exact[i])
     for i in by_remainder[: total - sum(whole)]:
         whole[i] += 1

@@ -1,5 +1,9 @@
 """Gram sums and shared inputs, against a block small enough to do by hand."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -168,7 +172,7 @@ APART = {
     "other strides": lambda m, x: (m.a(x), m.b(x.transpose(0, 1))),
     "a part of it": lambda m, x: (m.a(x), m.b(x[:1])),
     "another part of it": lambda m, x: (m.a(x[:1]), m.b(x[1:])),
-    "nothing, twice": lambda m, x: (m.a(x[:0]), m.b(torch.zeros(0, 4))),
+    "nothing, twice": lambda m, x: (m.a(torch.zeros(0, 4)), m.b(torch.zeros(0, 4))),
     "a buffer that was freed and used again": lambda m, x: (m.a(torch.ones(2, 2, 4)), m.b(torch.zeros(2, 2, 4))),
 }
 
@@ -223,13 +227,59 @@ def test_activations_that_overflow_are_refused(value):
         gram_matrices([lambda: layer(torch.randn(5, 4)), lambda: layer(bad)], {"l": layer}, ["l"])
 
 
-def test_inputs_and_the_callers_precision_are_left_alone():
+def test_inputs_are_left_alone():
     block, (x,) = Block(), batches(2)
     before = x.clone()
-    torch.set_float32_matmul_precision("high")
-    try:
-        grams(block, [x], ["q"])
-        assert torch.get_float32_matmul_precision() == "high"
-    finally:
-        torch.set_float32_matmul_precision("highest")
+    grams(block, [x], ["q"])
     assert torch.equal(x, before)
+
+
+CHOICES = {
+    "nothing": "",
+    "the old way": "torch.set_float32_matmul_precision('high')",
+    "the new way": "torch.backends.cuda.matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision = 'tf32'",
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)
+def test_the_callers_matmul_precision_is_set_aside_and_put_back(choice):
+    """In a fresh process, for torch does not let go of a mixture of the two ways of choosing."""
+    code = f"""
+import torch
+from torch import nn
+from cloq.calibration import gram_matrices
+if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+    raise SystemExit(print("old torch"))
+{choice}
+state = lambda: (torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision)
+before, during, inside = state(), [], []
+class Watched(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.addmm_:
+            during.append(state())
+        return super().__torch_function__(function, types, args, kwargs or {{}})
+layer = nn.Linear(4, 3)
+x = torch.randn(5, 4).as_subclass(Watched)
+gram_matrices([lambda: (inside.append(state()), layer(x))], {{"l": layer}}, ["l"])
+assert during == [("ieee", "ieee")], during
+assert inside == [before] and state() == before, (inside, before, state())
+print("ok")
+"""
+    environment = {**os.environ, "PYTHONPATH": ":".join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    if done.stdout.strip() == "old torch":
+        pytest.skip("torch before 2.9 has one way of choosing only")
+    assert done.stdout.strip() == "ok", done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_sums_on_a_gpu_are_float32_even_where_tf32_was_chosen(monkeypatch):
+    """TF32 keeps 10 bits of each factor: a relative error near 1e-3 where float32 has 1e-6."""
+    layer = nn.Linear(96, 3, device="cuda")
+    x = torch.randn(512, 96, device="cuda")
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+    gram = gram_matrices([lambda: layer(x)], {"l": layer}, ["l"])["l"].gram
+    naive = x.double().T @ x.double()
+    assert float((gram.double() - naive).norm() / naive.norm()) < 1e-5
