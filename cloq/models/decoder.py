@@ -213,10 +213,10 @@ class Decoder:
         """Runs the model's own way in on `tokens (sequences, length)` and returns what the first block gets and what every
         block is called with, in micro-batches of about `batch_tokens` tokens. Equal arguments of different batches are kept once.
         """
-        self.check_streamable()
         size = max(1, batch_tokens // tokens.shape[1])
         kept: list[Tensor] = []
         with self.outer():
+            self.check_streamable()
             return [self._enter_one(chunk.to(self.device), kept) for chunk in tokens.split(size)]
 
     def _enter_one(self, tokens: Tensor, kept: list[Tensor]) -> Batch:
