@@ -23,22 +23,26 @@ from pathlib import Path
 import torch
 
 from cloq import initializers, linalg, quantizers
-from cloq.calibration import documents, draw_sequences, gram_matrices, shared_inputs
+from cloq.calibration import calibration_tokens, gram_matrices, shared_inputs
 from cloq.evaluate import evaluation_tokens, sequence_losses
 from cloq.models import Batch, Decoder, load_tokenizer, set_weight
 from cloq.specs import CalibSpec, LoraSpec, QuantSpec
 
 BASES = {
-    "rtn": {"quantizer": "rtn", "search": False},
-    "rtn-search": {"quantizer": "rtn"},
-    "gptq": {"search": False},
-    "gptq-search": {},
-    "gptq-magr": {"search": False, "magr": True},
-    "gptq-search-magr": {"magr": True},
-    "gptq-search-actorder": {"act_order": True},
-    "gptq-search-actorder-static": {"act_order": True, "static_groups": True},
-    "gptq-search-sym": {"symmetric": True},
+    "rtn": {"quantizer": "rtn"},
+    "gptq": {},
+    "gptq+magr": {"magr": True},
+    "rtn, range": {"quantizer": "rtn", "search": False},
+    "gptq, range": {"search": False},
+    "gptq, act order": {"act_order": True},
+    "gptq, act order, static": {"act_order": True, "static_groups": True},
+    "gptq, symmetric": {"symmetric": True},
 }
+"""Scales are chosen by rounding error unless a name says `range` (min-max)."""
+
+LOFTQ_ITERATIONS = {"rtn": 5}
+"""LoftQ's rounds: five on the cheap quantizer it was made for, two where every round runs GPTQ again."""
+
 INITS = ("zero", "svd", "loftq", "qera", "eora", "cloq")
 
 
@@ -70,13 +74,13 @@ def run(args: argparse.Namespace) -> list[dict]:
     decoder = Decoder(args.model)
     tokenizer = load_tokenizer(Path(args.model))
     spec = CalibSpec(args.calib, args.samples, args.seq_len, seed=args.seed)
-    tokens = draw_sequences(documents(args.calib), tokenizer, spec)
+    tokens = calibration_tokens(spec, tokenizer)
     text = Path(args.eval).read_text("utf8")
     test = evaluation_tokens(text, tokenizer, args.eval_seq_len, args.eval_samples)
     calib, unseen = decoder.enter(tokens.calibration, 4096), decoder.enter(tokens.heldout, 4096)
     start = decoder.enter(test, 4096)
     variants = [
-        Variant(bits, base, init, QuantSpec(bits=bits, group_size=args.group_size, **BASES[base]), LoraSpec(init, args.rank), start, calib, unseen)
+        Variant(bits, base, init, QuantSpec(bits=bits, group_size=args.group_size, **BASES[base]), lora(init, base, args.rank), start, calib, unseen)
         for bits in args.bits for base in args.bases for init in args.inits
     ]  # fmt: skip
     reference = Variant(16, "16-bit", "none", QuantSpec(), LoraSpec(), start, calib, unseen)
@@ -87,6 +91,10 @@ def run(args: argparse.Namespace) -> list[dict]:
         decoder.drop_block(index)
         print(f"block {index + 1}/{len(decoder.blocks)} {time.perf_counter() - began:.0f} s", flush=True)
     return [v.row(float(sequence_losses(decoder, v.eval, test).mean())) for v in [reference, *variants]]
+
+
+def lora(init: str, base: str, rank: int) -> LoraSpec:
+    return LoraSpec(init, rank, iterations=LOFTQ_ITERATIONS.get(base, 2))
 
 
 def block(decoder: Decoder, index: int, reference: Variant, variants: list[Variant], shared: bool) -> None:
@@ -155,13 +163,15 @@ def forward(decoder: Decoder, index: int, batches: list[Batch]) -> list[Batch]:
 
 
 def table(rows: list[dict], args: argparse.Namespace) -> str:
-    head = f"`{Path(args.model).name}`, group {args.group_size}, rank {args.rank}, {args.samples} x {args.seq_len} calibration tokens, seed {args.seed}, "
-    head += f"statistics of the {'16-bit model' if args.propagate == 'dense' else 'compressed prefix'}; perplexity chunks-{args.eval_seq_len}, {args.eval_samples} sequences.\n\n"
+    whose = "16-bit model" if args.propagate == "dense" else "compressed prefix"
+    head = (
+        f"`{Path(args.model).name}`, group {args.group_size}, rank {args.rank}, {args.samples} x {args.seq_len} calibration tokens, "
+        f"seed {args.seed}, statistics of the {whose}; perplexity chunks-{args.eval_seq_len}, {args.eval_samples} sequences.\n\n"
+    )
     lines = ["| bits | base | factors | perplexity | layer error | held out | solve s |", "|---|---|---|---:|---:|---:|---:|"]
     for r in rows:
-        lines.append(
-            f"| {r['bits']} | {r['base']} | {r['init']} | {r['perplexity']:.2f} | {r['error_corrected']:.4f} | {r['heldout_corrected']:.4f} | {r['solve_seconds']:.0f} |"
-        )
+        errors = f"{r['error_corrected']:.4f} | {r['heldout_corrected']:.4f}"
+        lines.append(f"| {r['bits']} | {r['base']} | {r['init']} | {r['perplexity']:.2f} | {errors} | {r['solve_seconds']:.0f} |")
     return head + "\n".join(lines) + "\n"
 
 
@@ -171,7 +181,7 @@ def main() -> None:
     parser.add_argument("--calib", required=True)
     parser.add_argument("--eval", required=True)
     parser.add_argument("--bits", type=int, nargs="+", default=[2])
-    parser.add_argument("--bases", nargs="+", choices=list(BASES), default=["rtn", "gptq", "gptq-search", "gptq-search-magr"])
+    parser.add_argument("--bases", nargs="+", choices=list(BASES), default=["rtn", "gptq", "gptq+magr"])
     parser.add_argument("--inits", nargs="+", choices=INITS, default=list(INITS))
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--rank", type=int, default=64)
