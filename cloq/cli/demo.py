@@ -34,7 +34,7 @@ def run_demo(out: Path, restart: bool) -> None:
         sentences = generate_each(result, PROMPT)
     console.print(_table(quality, sentences))
     console.print(_repaired(quality, result))
-    console.print(f"base     {result.base}\nadapter  {result.adapter}\nreport   {(out / 'report.html').resolve()}")
+    console.print(f"base     {result.base}\nadapter  {result.adapter.resolve()}\nreport   {(out / 'report.html').resolve()}")
 
 
 def generate_each(result, prompt: str) -> list[str]:
