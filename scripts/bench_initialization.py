@@ -138,7 +138,7 @@ def solve(variant: Variant, name: str, weight: torch.Tensor, stats, unseen, base
     key = (variant.quant, name)
 
     def quantize(w):
-        if w is not weight:
+        if w.data_ptr() != weight.data_ptr():  # not the weight itself, which an initializer may have detached
             return quantizer.quantize(w, stats)
         if key not in bases:
             began = time.perf_counter()
