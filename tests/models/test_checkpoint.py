@@ -6,10 +6,13 @@ import json
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from cloq.errors import ModelError
 from cloq.models import Checkpoint, Decoder
+from cloq.models.checkpoint import check_finite
 from tests.tiny import save_tiny
 
 INDEX = "model.safetensors.index.json"
@@ -150,6 +153,24 @@ def test_values_that_are_no_numbers(value, tmp_path):
     decoder.load_block(0)
     with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds 3 NaN or Inf values of 6144"):
         decoder.load_block(1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+    size=st.integers(0, 40),
+    bad=st.dictionaries(st.integers(0, 39), st.sampled_from([float("nan"), float("inf"), float("-inf")]), max_size=3),
+)
+def test_every_bad_value_is_found_and_counted(dtype, size, bad):
+    tensor = torch.randn(size).to(dtype)
+    inside = {at: value for at, value in bad.items() if at < size}
+    for at, value in inside.items():
+        tensor[at] = value
+    if inside:
+        with pytest.raises(ModelError, match=f"w holds {len(inside)} NaN or Inf values of {size};"):
+            check_finite(tensor, "w")
+    else:
+        assert check_finite(tensor, "w") is tensor
 
 
 def test_extra_tensors_are_left_alone(tmp_path):
