@@ -1,0 +1,213 @@
+"""`cloq plan`: the work, time, memory and disk that a run will take, before anything starts and without reading a weight.
+
+work      units of work, and how fast this machine is in each
+forward   what a forward of a block costs, and which layers share an input
+algebra   what a layer's quantization and factors cost
+storage   bytes in memory and on disk
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cloq.models import Decoder, linear_shape
+from cloq.plan import algebra, storage
+from cloq.plan.forward import BlockForward, block_forwards
+from cloq.plan.work import Machine, Work, measure
+from cloq.report import wording
+from cloq.specs import LayerSpec, RunSpec
+
+FASTER, SLOWER = 0.7, 1.6
+"""A measured time lies between these multiples of the estimate, on a machine that has nothing else to do."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will take.
+
+    model: its folder's or hub name. blocks; layers: how many are quantized; dense: linear layers that stay as they are.
+    parameters: of the whole model; quantized: of the layers that are. tokens, heldout: calibration and held-out tokens.
+    work: by phase, as a run times them. machine: measured. memory: bytes at the fullest moment of the run, by what holds them.
+    disk: bytes written, by folder. original: bytes of the checkpoint.
+    bits: per weight of the quantized layers, by adapter (`none`, `16-bit`, `32-bit`). notes: what could not be known.
+    """
+
+    model: str
+    device: str
+    blocks: int
+    layers: int
+    dense: int
+    parameters: int
+    quantized: int
+    tokens: int
+    heldout: int
+    work: dict[str, Work]
+    machine: Machine
+    memory: dict[str, int]
+    disk: dict[str, int]
+    original: int
+    bits: dict[str, float]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Estimated seconds by phase."""
+        return {phase: work.seconds(self.machine) for phase, work in self.work.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, with the derived ones."""
+        total = sum(self.seconds.values())
+        derived = {
+            "seconds": self.seconds,
+            "seconds_total": total,
+            "seconds_range": [FASTER * total, SLOWER * total],
+            "operations": {phase: work.products + work.wide for phase, work in self.work.items()},
+            "memory_total": sum(self.memory.values()),
+            "disk_total": sum(self.disk.values()),
+        }
+        return asdict(self) | {"notes": list(self.notes)} | derived
+
+    def lines(self) -> list[str]:
+        """The plan for people."""
+        return [*self._what(), "", *self._time(), "", *self._space(), *(f"note: {note}" for note in self.notes)]
+
+    def _what(self) -> list[str]:
+        left = f", {wording.plural(self.dense, 'layer')} left as they are" if self.dense else ""
+        return [
+            f"{self.model}: {wording.short_count(self.parameters)} parameters, {wording.size(self.original)} on disk",
+            f"{wording.plural(self.layers, 'layer')} in {wording.plural(self.blocks, 'block')} to quantize"
+            f" ({wording.short_count(self.quantized)} weights){left}",
+            f"calibration on {self.tokens:,} tokens, {self.heldout:,} held out",
+        ]
+
+    def _time(self) -> list[str]:
+        seconds = self.seconds
+        total = sum(seconds.values())
+        lines = [
+            f"time    {time_range(total)} on {self.device}, if left alone ({self.machine.products / 1e9:,.0f} GFLOP/s measured)"
+        ]
+        for phase, work in self.work.items():
+            share = seconds[phase] / total if total else 0.0
+            if share >= 0.005:
+                lines.append(f"  {phase:<10} {wording.percent(share):>5}   {_operations(work)}".rstrip())
+        return lines
+
+    def _space(self) -> list[str]:
+        parts = ", ".join(
+            f"{name} {rough(value)}" for name, value in sorted(self.memory.items(), key=lambda item: -item[1]) if value
+        )
+        written = ", ".join(f"{name} {wording.size(value)}" for name, value in self.disk.items())
+        return [
+            f"memory  about {rough(sum(self.memory.values()))} ({parts})",
+            f"disk    {wording.size(sum(self.disk.values()))} ({written})",
+            f"result  {self.bits['none']:.2f} bits per weight, {self.bits['16-bit']:.2f} with a 16-bit adapter,"
+            f" {self.bits['32-bit']:.2f} as it is stored, in 32 bits",
+        ]
+
+
+def plan(spec: RunSpec, decoder: Decoder, machine: Machine | None = None) -> Plan:
+    """Plans a run on a model that is open. machine: measured here if not given.
+
+    Raises what `pipeline.plan_layers` raises: patterns that name nothing, nothing left to quantize, fused experts.
+    """
+    from cloq.pipeline import plan_layers
+
+    specs = plan_layers(spec, decoder)
+    shapes = {name: linear_shape(m) for index in range(len(decoder.blocks)) for name, m in decoder.linears(index).items()}
+    chosen = {name: layer for name, layer in specs.items() if not layer.dense}
+    forwards, note = block_forwards(decoder, spec.calib.seq_len)
+    notes = [note] if note else []
+    notes += _clipped(chosen, shapes)
+    if spec.calib.source.startswith("self"):
+        notes.append("the time to sample the calibration text from the model comes on top")
+    sizes = storage.Sizes.of(spec, decoder, chosen, shapes)
+    return Plan(
+        model=spec.model,
+        device=str(decoder.device),
+        blocks=len(decoder.blocks),
+        layers=len(chosen),
+        dense=len(specs) - len(chosen),
+        parameters=sizes.parameters,
+        quantized=sum(math.prod(shapes[name]) for name in chosen),
+        tokens=spec.calib.samples * spec.calib.seq_len,
+        heldout=spec.calib.heldout_samples * spec.calib.seq_len,
+        work=_phases(spec, decoder, chosen, shapes, forwards, sizes),
+        machine=machine or measure(decoder.device),
+        memory=storage.peak_memory(spec, decoder, chosen, shapes, forwards, sizes),
+        disk=sizes.written(),
+        original=sizes.original,
+        bits=sizes.bits,
+        notes=tuple(notes),
+    )
+
+
+def _clipped(chosen: dict[str, LayerSpec], shapes: dict[str, storage.Shape]) -> list[str]:
+    clipped = [name for name, layer in chosen.items() if layer.rank > min(shapes[name])]
+    most = f"; {clipped[0]} allows {min(shapes[clipped[0]])}" if clipped else ""
+    return [f"the rank will be clipped in {wording.plural(len(clipped), 'layer')}{most}"] if clipped else []
+
+
+def _phases(
+    spec: RunSpec, decoder: Decoder, chosen: dict[str, LayerSpec], shapes: dict[str, storage.Shape], forwards: list[BlockForward],
+    sizes: storage.Sizes,
+) -> dict[str, Work]:  # fmt: skip
+    """Work by phase as `pipeline.quantize_blocks` goes through them."""
+    calib = spec.calib
+    sequences, tokens = calib.samples + calib.heldout_samples, (calib.samples + calib.heldout_samples) * calib.seq_len
+    phases = {name: Work() for name in ("embed", "load", "capture", "solve", "apply", "store", "propagate", "export")}
+    phases["embed"] = Work(disk=3 * sizes.outer, streamed=8.0 * tokens * storage.width(decoder))
+    for index, forward in enumerate(forwards):
+        prefix = decoder.block_name(index) + "."
+        groups = [(g, [prefix + n for n in g.names if prefix + n in chosen]) for g in forward.groups]
+        groups = [(group, names) for group, names in groups if names]
+        rounds = [[one] for one in groups] if spec.sequential and spec.propagate != "dense" else [groups]
+        for together in rounds if groups else []:
+            phases["capture"] += sequences * together[-1][0].before
+            for _, names in together:
+                phases["capture"] += algebra.gram(shapes[names[0]][1], tokens)
+                for name in names:
+                    layer, rank = chosen[name], min(chosen[name].rank, *shapes[name])
+                    given = spec.quantized is not None
+                    phases["solve"] += algebra.solve(shapes[name], layer.quant, spec.lora, rank, calib.heldout_samples > 0, given)
+                    phases["apply"] += algebra.apply(shapes[name], rank) if spec.propagate != "dense" else Work()
+        phases["load"] += Work(
+            disk=sizes.element * decoder.block_parameters(index), streamed=6.0 * decoder.block_parameters(index)
+        )
+        if index + 1 < len(forwards):
+            phases["propagate"] += sequences * forward.whole
+    phases["store"] = Work(disk=sizes.store)
+    phases["export"] = Work(disk=sizes.original + sizes.store + sizes.base + sizes.adapter)
+    return phases
+
+
+def _operations(work: Work) -> str:
+    total = work.products + work.wide
+    return f"{total / 1e12:,.3g} T operations" if total >= 1e9 else ""
+
+
+def time_range(seconds: float) -> str:
+    """`2 to 5 minutes`: from the faster to the slower end, a digit each."""
+    low, high = FASTER * seconds, SLOWER * seconds
+    if high < 2:
+        return "a second or two"
+    for unit, size in (("seconds", 1), ("minutes", 60), ("hours", 3600), ("days", 86400)):
+        if high / size < 100 or unit == "days":
+            break
+    short, long = (_one_digit(value / size, up) for value, up in ((low, False), (high, True)))
+    return f"{short:g} to {long:g} {unit}" if short else f"up to {long:g} {unit}"
+
+
+def _one_digit(value: float, up: bool) -> float:
+    step = 10.0 ** math.floor(math.log10(value)) if value >= 1 else 0.5
+    return step * (math.ceil(value / step) if up else math.floor(value / step))
+
+
+def rough(value: float) -> str:
+    """Bytes to one significant digit, two below 2 of a unit: `600 MB`, `1.4 GB`, `30 GB`."""
+    if value <= 0:
+        return "0 B"
+    lead = value / 10 ** math.floor(math.log10(value))
+    step = 10 ** math.floor(math.log10(value)) * (0.1 if lead < 2 else 0.5 if lead < 5 else 1)
+    return wording.size(step * round(value / step))

@@ -1,0 +1,103 @@
+"""What one layer costs once its Gram matrix is there: quantizing it, fitting its factors, measuring both.
+
+Each formula counts the matrix products of the routine that it names; the constants before the other terms were fitted to measured
+times of that routine on one core (GPTQ, eigendecomposition, MagR's prox) and are good to some tens of percent.
+"""
+
+from __future__ import annotations
+
+from cloq import linalg
+from cloq.plan.work import Work
+from cloq.quantizers.gptq import BLOCK
+from cloq.quantizers.magr import Magr
+from cloq.specs import LoraSpec, QuantSpec
+
+Shape = tuple[int, int]
+
+_CALLS_PER_COLUMN = 30
+_CHOLESKY = 4.0  # n³: factorization and inverse need 4/3 n³, at a third of the speed of a product
+_EIGEN = 9.0  # n³
+_QR = 4.0  # out · in²: the triangle and the basis need 4, minus what the smaller square saves
+_SEARCH_BYTES = 13 * 300  # for each weight: thirteen ranges, each coded, decoded and compared
+_PROX_BYTES = 1300  # for each weight and step: some six rounds of Newton's iteration
+_KRYLOV_BLOCKS = 8
+
+
+def solve(shape: Shape, quant: QuantSpec, lora: LoraSpec, rank: int, heldout: bool, given: bool = False) -> Work:
+    """`pipeline.solve_layer` for a layer `(out, in)`. given: the base is, and only the factors are found."""
+    rank = min(rank, *shape)
+    quantized = Work() if given else quantize(shape, quant)
+    rounds = lora.iterations if lora.init == "loftq" else 1
+    return rounds * (quantized + fit(shape, lora.init, rank)) + errors(shape, rank, heldout)
+
+
+def quantize(shape: Shape, quant: QuantSpec) -> Work:
+    out, columns = shape
+    work = magr(shape) if quant.magr else Work()
+    if quant.quantizer == "gptq":
+        work += gptq(shape)
+    if quant.search and quant.quantizer != "nf4":
+        work += Work(cached=float(_SEARCH_BYTES) * out * columns, calls=200.0 * columns / (quant.group_size or columns))
+    return work + Work(streamed=40.0 * out * columns)
+
+
+def gptq(shape: Shape) -> Work:
+    """`in` columns one by one, each moving the rest of its block; every block moves the rest of the weight in one product."""
+    out, columns = shape
+    return Work(
+        products=_CHOLESKY * columns**3 + float(out) * columns**2,
+        cached=24.0 * out * columns * BLOCK / 2,
+        calls=float(_CALLS_PER_COLUMN) * columns,
+    )
+
+
+def magr(shape: Shape) -> Work:
+    out, columns = shape
+    steps = Magr.iterations
+    return Work(
+        products=2.0 * out * columns**2 * (steps + 1), streamed=float(_PROX_BYTES) * out * columns * steps, calls=100.0 * steps
+    )
+
+
+def fit(shape: Shape, init: str, rank: int) -> Work:
+    """The factors. `cloq` weighs with the Gram matrix, `eora` with its roots, `qera` with its diagonal, others not."""
+    out, columns = shape
+    if init == "zero":
+        return Work()
+    roots = Work(wide=_EIGEN * columns**3 + 2.0 * (out + rank) * columns**2) if init == "eora" else Work()
+    return roots + top_eigenvectors(shape, rank, whole_gram=init == "cloq")
+
+
+def top_eigenvectors(shape: Shape, rank: int, whole_gram: bool) -> Work:
+    """`linalg.top_eigenvectors`, which picks the exact route or block Lanczos by the same rule."""
+    out, columns = shape
+    small = min(shape)
+    weigh = 2.0 * columns**2 if whole_gram else 0.0  # for each row of the error
+    last = 2.0 * rank * out * columns
+    if small <= linalg.EXACT_BELOW or rank > linalg.EXACT_SHARE * small:
+        tall = _QR * out * columns**2 if out > columns else 0.0  # a QR first
+        return Work(wide=tall + weigh * small + 2.0 * small**2 * columns + _EIGEN * small**3 + last, calls=50)
+    width = rank + max(8, rank // 8)
+    steps = _KRYLOV_BLOCKS * (4.0 * width * out * columns)
+    orthogonal = 4.0 * out * width**2 * _KRYLOV_BLOCKS * (_KRYLOV_BLOCKS + 1)
+    rayleigh = _EIGEN * width**3 * sum(k**3 for k in range(1, _KRYLOV_BLOCKS + 1))
+    return Work(wide=weigh * out + steps + orthogonal + rayleigh + last, calls=50.0 * _KRYLOV_BLOCKS)
+
+
+def errors(shape: Shape, rank: int, heldout: bool) -> Work:
+    """Relative errors before and after, on one or two sets of tokens, each with the norm of the weight; and the spectrum."""
+    out, columns = shape
+    norms = 2 * 2 * (2 if heldout else 1) + 1
+    products = norms * 2.0 * out * columns**2 + 2.0 * rank * columns**2 + 4.0 * out * columns * rank
+    return Work(products=products, streamed=(norms + 6) * 12.0 * out * columns, wide=_EIGEN * rank**3, calls=100)
+
+
+def gram(columns: int, tokens: int) -> Work:
+    """`Σ x xᵀ` over tokens: a product, and the sum into the matrix for every micro-batch."""
+    return Work(products=2.0 * tokens * columns**2)
+
+
+def apply(shape: Shape, rank: int) -> Work:
+    """`Q + B A` into the block."""
+    out, columns = shape
+    return Work(products=2.0 * out * columns * rank, streamed=40.0 * out * columns)

@@ -1,0 +1,123 @@
+"""Bytes: what a run writes, and what it holds in memory at its fullest moment."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from cloq.export.folder import SHARD_BYTES
+from cloq.models import Decoder
+from cloq.plan.forward import BlockForward
+from cloq.report.record import STORED_ADAPTER_BITS
+from cloq.specs import LayerSpec, QuantSpec, RunSpec
+
+Shape = tuple[int, int]
+
+PROCESS = 500e6
+"""The Python process with torch and transformers, before any model is there."""
+
+
+_LIVE = 6  # tensors of the largest size that a block's forward holds at a time
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """parameters: in the checkpoint. original: its bytes; element: bytes of one of its values, on average.
+    outer: bytes of everything but the blocks. store, base, adapter: bytes that are written; base is 0 where it is given.
+    bits: per weight, by adapter."""
+
+    parameters: int
+    original: int
+    element: float
+    outer: float
+    store: int
+    base: int
+    adapter: int
+    bits: dict[str, float]
+
+    def written(self) -> dict[str, int]:
+        base = {"base": self.base} if self.base else {}
+        return base | {"adapter": self.adapter, "finished blocks": self.store}
+
+    @classmethod
+    def of(cls, spec: RunSpec, decoder: Decoder, chosen: dict[str, LayerSpec], shapes: dict[str, Shape]) -> Sizes:
+        parameters = sum(math.prod(decoder.checkpoint.shape(name)) for name in decoder.checkpoint.names)
+        original = sum(path.stat().st_size for path in decoder.folder.glob("*.safetensors"))
+        element = original / parameters
+        weights = sum(math.prod(shapes[name]) for name in chosen)
+        packed = sum(quantized_bits(shapes[name], layer.quant) for name, layer in chosen.items())
+        factors = sum(min(layer.rank, *shapes[name]) * sum(shapes[name]) for name, layer in chosen.items())
+        indices = sum(32 * shapes[name][1] for name, layer in chosen.items() if layer.quant.quantizer != "nf4")
+        adapter = factors * STORED_ADAPTER_BITS // 8
+        blocks = sum(decoder.block_parameters(index) for index in range(len(decoder.blocks)))
+        return cls(
+            parameters=parameters,
+            original=original,
+            element=element,
+            outer=element * max(parameters - blocks, 0),
+            store=(packed + indices) // 8 + adapter,
+            base=0 if spec.quantized else int(original - element * weights) + (packed + indices) // 8,
+            adapter=adapter,
+            bits={
+                "none": packed / weights,
+                "16-bit": (packed + 16 * factors) / weights,
+                "32-bit": (packed + 32 * factors) / weights,
+            },
+        )
+
+
+def quantized_bits(shape: Shape, quant: QuantSpec) -> int:
+    """Stored bits of codes, scales and zero points: `QuantizedWeight.storage_bits`, `CodebookWeight.storage_bits`."""
+    out, columns = shape
+    if quant.quantizer == "nf4":
+        return out * columns * 4 + math.ceil(out * columns / 64) * 32
+    groups = 1 if quant.group_size is None else math.ceil(columns / quant.group_size)
+    return out * columns * quant.bits + out * groups * (16 + quant.bits)
+
+
+def width(decoder: Decoder) -> int:
+    """Of the hidden states."""
+    return decoder.config.get_text_config().hidden_size
+
+
+def peak_memory(
+    spec: RunSpec, decoder: Decoder, chosen: dict[str, LayerSpec], shapes: dict[str, Shape], forwards: list[BlockForward],
+    sizes: Sizes,
+) -> dict[str, int]:  # fmt: skip
+    """The fullest of three moments, by what holds the bytes: the way in, a block being solved, the result being exported.
+
+    Pages of the checkpoint that the system keeps because nothing else needs the room are not counted.
+    """
+    calib = spec.calib
+    activations = 4.0 * (calib.samples + calib.heldout_samples) * calib.seq_len * width(decoder)
+    entering = {"activations": activations, "embeddings": 4.0 * sizes.outer / sizes.element}
+    solving = {"activations": activations} | _solving(spec, decoder, chosen, shapes, forwards)
+    exporting = {"a shard being written": 2.0 * max(min(sizes.base, SHARD_BYTES), sizes.adapter)}
+    fullest = max((entering, solving, exporting), key=lambda parts: sum(parts.values()))
+    return {"process": int(PROCESS)} | {name: int(value) for name, value in fullest.items()}
+
+
+def _solving(
+    spec: RunSpec, decoder: Decoder, chosen: dict[str, LayerSpec], shapes: dict[str, Shape], forwards: list[BlockForward]
+) -> dict[str, float]:  # fmt: skip
+    at_once = max if spec.sequential and spec.propagate != "dense" else sum
+    grams = []
+    for index, forward in enumerate(forwards):
+        prefix = decoder.block_name(index) + "."
+        groups = [[prefix + name for name in group.names if prefix + name in chosen] for group in forward.groups]
+        squares = [4.0 * shapes[names[0]][1] ** 2 for names in groups if names]
+        grams.append(at_once(squares) if squares else 0.0)
+    batch = max(1, spec.batch_tokens // spec.calib.seq_len)
+    running = _LIVE * batch * max(forward.largest for forward in forwards)
+    return {
+        "a block": 4.0 * max(decoder.block_parameters(index) for index in range(len(decoder.blocks))),
+        "Gram matrices": max(grams) * (2 if spec.calib.heldout_samples else 1),
+        "at work": max(running, *(_solving_layer(shapes[name]) for name in chosen)),
+    }
+
+
+def _solving_layer(shape: Shape) -> float:
+    """Temporaries of the largest step of a layer: GPTQ holds four more `(in, in)` matrices, the factors' solve three `(out, in)`
+    ones in float64; a few float32 copies of the weight live beside either."""
+    out, columns = shape
+    return 24.0 * out * columns + max(4 * 4.0 * columns**2, 3 * 8.0 * out * columns)

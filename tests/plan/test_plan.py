@@ -1,0 +1,155 @@
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from cloq import pipeline
+from cloq.calibration import CalibrationTokens
+from cloq.errors import SpecError
+from cloq.export import FORMATS, write_adapter, write_model
+from cloq.models import Decoder
+from cloq.plan import plan, rough, time_range
+from cloq.plan.storage import quantized_bits
+from cloq.plan.work import Machine
+from cloq.quantizers import from_spec
+from cloq.specs import QuantSpec, run_spec
+from cloq.store import Store
+from cloq.types import LayerStats
+from tests.tiny import save_tiny
+
+MACHINE = Machine(products=1e10, wide=5e9, streamed=1e10, cached=5e10, calls=1e6)
+SMALL = {"group_size": 32, "rank": 8, "calib": "demo", "calib_samples": 6, "heldout": 0.5, "seq_len": 16, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory):
+    return Decoder(save_tiny("llama-tied", tmp_path_factory.mktemp("llama")))
+
+
+def _plan(decoder, **settings):
+    return plan(run_spec(model=str(decoder.folder), **(SMALL | settings)), decoder, MACHINE)
+
+
+def test_what_is_planned_is_what_a_run_does(decoder, tmp_path):
+    """Layers, tokens, phases, bits per weight and bytes on disk of a plan against the run itself."""
+    spec = run_spec(model=str(decoder.folder), **SMALL)
+    planned = plan(spec, decoder, MACHINE)
+    tokens = torch.randint(0, 250, (9, 16), generator=torch.Generator().manual_seed(0))
+    events = []
+    store = Store(tmp_path / "out")
+    with store.lock():
+        pipeline.quantize_blocks(
+            spec, decoder, CalibrationTokens(tokens[:6], tokens[6:]), store, lambda *event: events.append(event)
+        )
+    write_model(decoder, store, FORMATS["gptq"](), tmp_path / "out" / "model")
+    write_adapter(store, "base", decoder.all_linears(), tmp_path / "out" / "adapter")
+
+    started = next(values for name, values in events if name == "start")
+    assert (planned.layers, planned.blocks) == (started["layers"], started["blocks"])
+    assert (planned.tokens, planned.heldout) == (6 * 16, 3 * 16)
+    assert {values["phase"] for name, values in events if name == "phase"} <= set(planned.work)
+    summaries = store.summaries().values()
+    weights = sum(s.layout.shape[0] * s.layout.shape[1] for s in summaries)
+    assert planned.quantized == weights
+    assert planned.bits["none"] == pytest.approx(
+        sum(s.metrics.bits_per_weight * s.layout.shape[0] * s.layout.shape[1] for s in summaries) / weights
+    )
+    assert planned.bits["32-bit"] == pytest.approx(planned.bits["none"] + 8 * planned.disk["adapter"] / weights)
+    assert planned.disk["adapter"] == _tensor_bytes(tmp_path / "out" / "adapter")
+    assert planned.disk["base"] == pytest.approx(_tensor_bytes(tmp_path / "out" / "model"), rel=0.03)
+    assert planned.disk["finished blocks"] == pytest.approx(_tensor_bytes(tmp_path / "out" / ".cloq" / "blocks"), rel=0.03)
+
+
+def _tensor_bytes(folder) -> int:
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            total += sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118 - not a mapping
+    return total
+
+
+@pytest.mark.parametrize("shape", [(96, 64), (40, 100), (64, 33)])
+@pytest.mark.parametrize(
+    "quant",
+    [QuantSpec(bits=b, group_size=g, quantizer="rtn") for b in (2, 3, 4, 8) for g in (32, 64, None)]
+    + [QuantSpec(bits=4, quantizer="nf4")],
+    ids=lambda q: f"{q.quantizer}-{q.bits}-{q.group_size}",
+)
+def test_stored_bits_are_those_of_the_quantized_weight(shape, quant):
+    weight = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    quantized = from_spec(quant).quantize(weight, LayerStats(torch.eye(shape[1]), 1))
+    assert quantized_bits(shape, quant) == quantized.storage_bits()
+
+
+def test_no_weight_is_read(decoder, monkeypatch):
+    monkeypatch.setattr(type(decoder.checkpoint), "read", lambda *_: pytest.fail("a weight was read"))
+    assert _plan(decoder).seconds["capture"] > 0
+
+
+def test_twice_the_text_is_twice_the_forwards_and_leaves_the_solve_alone(decoder):
+    once, twice = _plan(decoder), _plan(decoder, calib_samples=12)
+    for phase, factor in {"capture": 2, "propagate": 2, "solve": 1, "apply": 1, "store": 1}.items():
+        assert twice.seconds[phase] == pytest.approx(factor * once.seconds[phase])
+    assert twice.memory["activations"] == 2 * once.memory["activations"] if "activations" in once.memory else True
+
+
+def test_one_forward_for_a_block_is_less_than_one_for_each_group(decoder):
+    sequential, together = _plan(decoder), _plan(decoder, sequential=False)
+    assert together.work["capture"].products < sequential.work["capture"].products
+    assert together.work["solve"] == sequential.work["solve"]
+    dense = _plan(decoder, propagate="dense")
+    assert dense.work["capture"] == together.work["capture"] and dense.seconds["apply"] == 0 < sequential.seconds["apply"]
+
+
+def test_layers_that_are_left_out_cost_nothing(decoder):
+    whole, part = _plan(decoder), _plan(decoder, only="q_proj")
+    assert (part.layers, part.dense) == (3, whole.layers - 3)
+    assert part.seconds["solve"] < whole.seconds["solve"] / 4 and part.disk["base"] > whole.disk["base"]
+    assert any("left as they are" in line for line in part.lines())
+
+
+def test_a_given_base_is_not_quantized_again(decoder):
+    given = _plan(decoder, quantized="somewhere")
+    assert "base" not in given.disk and given.seconds["solve"] < _plan(decoder).seconds["solve"]
+
+
+def test_clipped_ranks_and_sampled_text_are_said(decoder):
+    notes = "\n".join(_plan(decoder, rank=64, calib="self").lines())
+    assert "the rank will be clipped in 6 layers; model.layers.0.self_attn.k_proj allows 32" in notes and "comes on top" in notes
+
+
+def test_patterns_that_match_nothing_are_refused(decoder):
+    with pytest.raises(SpecError, match="matches no linear layer"):
+        _plan(decoder, only="nothing_like_this")
+
+
+def test_json_and_lines_say_the_same(decoder):
+    planned = _plan(decoder)
+    values = json.loads(json.dumps(planned.to_dict(), allow_nan=False))
+    assert values["seconds_total"] == pytest.approx(sum(values["seconds"].values()))
+    assert values["seconds_range"][0] < values["seconds_total"] < values["seconds_range"][1]
+    text = "\n".join(planned.lines())
+    assert time_range(values["seconds_total"]) in text and f"{values['bits']['none']:.2f} bits per weight" in text
+
+
+@pytest.mark.parametrize(
+    "seconds, said",
+    [
+        (0.4, "a second or two"),
+        (10, "7 to 20 seconds"),
+        (100, "1 to 3 minutes"),
+        (1000, "10 to 30 minutes"),
+        (20_000, "3 to 9 hours"),
+        (1e6, "8 to 20 days"),
+    ],
+)
+def test_times_are_a_range_of_single_digits(seconds, said):
+    assert time_range(seconds) == said
+
+
+@pytest.mark.parametrize(
+    "value, said", [(0, "0 B"), (617e6, "600 MB"), (1.44e9, "1.4 GB"), (3.3e9, "3.5 GB"), (28.6e9, "30 GB"), (19_000, "19 kB")]
+)
+def test_memory_is_rough(value, said):
+    assert rough(value) == said
