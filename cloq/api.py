@@ -83,6 +83,7 @@ def run(spec: RunSpec, out: str | Path, *, restart: bool = False, emit: Emit | N
     if form not in FORMATS:
         raise SpecError(f"unknown format {form!r}; allowed: {', '.join(FORMATS)}")
     decoder = open_decoder(spec)
+    decoder.check_streamable()  # encoders and what cannot be streamed, before any text is read
     given = QuantizedFolder(locate(spec.quantized)) if spec.quantized else None
     if given is None:
         check_format(decoder, pipeline.predicted_layouts(pipeline.plan_layers(spec, decoder), decoder), FORMATS[form]())
