@@ -199,12 +199,20 @@ def test_exports_from_a_finished_run(finished):
         export(finished.out, "gguf")
 
 
-@pytest.mark.parametrize("family", ["gpt2", "phi3", "qwen2", "opt", "gpt_neox", "gemma3"])
+@pytest.mark.parametrize("family", ["phi3", "qwen2", "opt", "gpt_neox", "gemma3"])
 def test_other_families_go_through_whole(family, text, tmp_path):
     model = save_tiny(family, tmp_path / "model")
     result = cloq.quantize(str(model), out=tmp_path / "out", calib=str(text), **SETTINGS)
     assert all(m.error_corrected < m.error_quantized for _, m in result.layers.values())
     assert QuantizedFolder(result.base).names == set(result.layers)
+
+
+def test_gpt2_is_refused_in_the_format_that_cannot_load_it_and_goes_through_in_another(text, tmp_path):
+    model = str(save_tiny("gpt2", tmp_path / "model"))
+    with pytest.raises(ExportError, match=r"GPT2Attention.*dense"):
+        cloq.quantize(model, out=tmp_path / "out", calib=str(text), **SETTINGS)
+    result = cloq.quantize(model, out=tmp_path / "out", calib=str(text), format="dense", **SETTINGS)
+    assert all(m.error_corrected < m.error_quantized for _, m in result.layers.values())
 
 
 def test_fused_experts_are_refused_unless_the_dense_part_is_asked_for(text, tmp_path):

@@ -18,12 +18,14 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command. Errors that a user can mend are printed in a line or two, with exit code 2 and no traceback."""
     try:
         code = app(args=argv, standalone_mode=False)
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except CloqError as error:
         print(f"error: {error}", file=sys.stderr)
     except _USAGE as error:
         error.show(file=sys.stderr)
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, typer.Abort):  # typer turns the first into its own exit code on some paths
         print("interrupted; finished blocks are kept, the same command continues", file=sys.stderr)
         return INTERRUPTED
     return USER_ERROR

@@ -115,9 +115,12 @@ def export(
 def check(out: Run, json: Json = False) -> None:
     """Check that base and adapter are complete, belong together and decode to what was fitted. Exit code 1 if they don't."""
     from cloq.check import check as findings_of
+    from cloq.errors import RunError
     from cloq.models import quiet_libraries
 
     quiet_libraries()
+    if not out.is_dir():
+        raise RunError(f"{out} is not a folder; name the folder of a finished run")
     findings = findings_of(out)
     _print([{"ok": f.ok, "what": f.what} for f in findings], [f"{'ok  ' if f.ok else 'FAIL'}  {f.what}" for f in findings], json)
     raise typer.Exit(0 if all(f.ok for f in findings) else 1)

@@ -1,0 +1,284 @@
+"""`cloq check`: does what lies on disk hold together, and is it what was fitted? Found out from the files alone, without loading the model
+and without the libraries that load it. Every finding says what was looked at; a failed one also says what to do.
+
+A tensor that is missing from a packed base makes `from_pretrained` abort the process, so `cloq.load` asks `check_base` first.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cloq import packing
+from cloq.errors import CloqError
+from cloq.export.peft import AdapterFolder
+from cloq.export.read import QuantizedFolder
+from cloq.models import Decoder, is_linear, linear_shape
+from cloq.models.checkpoint import INDEX, SINGLE
+from cloq.store import Store
+from cloq.types import LayerResult, LoraFactors
+
+PROBES = 4
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Finding:
+    """ok: whether it is as it should be. what: what was looked at, and for a failure what is wrong and what to do."""
+
+    ok: bool
+    what: str
+
+
+def check(out: str | Path) -> list[Finding]:
+    """Everything about a finished run: its base (also other exports beside it), its adapter, and both against the stored blocks."""
+    out, findings = Path(out), []
+    try:
+        adapter, store = AdapterFolder(out / "adapter"), Store(out)
+        base = _base(out, adapter)
+        exports = sorted(path for path in out.glob("model-*") if (path / "config.json").is_file())
+        for folder in (base, *exports):
+            of_folder = check_base(folder)
+            findings += of_folder
+            if all(finding.ok for finding in of_folder):
+                findings += _against_store(store, folder)
+        if all(finding.ok for finding in findings):
+            findings += _check_adapter(adapter, base, store)
+    except CloqError as error:
+        findings.append(Finding(False, str(error)))
+    return findings
+
+
+def _base(out: Path, adapter: AdapterFolder) -> Path:
+    return out / "model" if (out / "model").is_dir() else Path(str(adapter.config.get("base_model_name_or_path")))
+
+
+# -- the base ----------------------------------------------------------------------------------------------------------
+
+
+def check_base(folder: str | Path, trust_remote_code: bool = False) -> list[Finding]:
+    """A model folder: files, configuration, and every tensor's presence, shape, dtype and range. Reads headers, scales and zero points."""
+    folder = Path(folder)
+    try:
+        source = QuantizedFolder(folder)
+        decoder = source.decoder(trust_remote_code=trust_remote_code)
+        return list(_check_base(folder, source, decoder))
+    except CloqError as error:
+        return [Finding(False, f"{folder.name}: {error}")]
+
+
+def _check_base(folder: Path, source: QuantizedFolder, decoder: Decoder) -> Iterator[Finding]:
+    name, again = folder.name, "export it again: run the same cloq quantize command, or cloq export"
+    headers = _headers(folder)
+    yield Finding(True, f"{name}: {len(headers)} tensors, of which the model finds all that it needs, in their shapes")
+    used = {file for origin in decoder.source_names.values() for _, file in origin.sources}
+    extra = sorted(file for file in headers if file not in used and file not in source.own_tensors())
+    yield _finding(f"{name}: no tensor that nothing asks for", extra, f"not part of the model: another model's files may be mixed in; {again}")
+    if source.reader is None:
+        return
+    expected = source.reader.layers(decoder.model)
+    wrong = sorted(expected ^ source.names)
+    yield _finding(f"{name}: the {len(expected)} layers that transformers takes for quantized are the ones with codes", wrong, f"differ; {again}")
+    obstacle = source.reader.obstacle(decoder.model, expected)
+    yield Finding(not obstacle, f"{name}: {obstacle or 'transformers can build the model around packed layers'}")
+    bad = sorted(_wrong_tensors(source, headers))
+    yield _finding(f"{name}: every packed tensor is there, in the shape and dtype of its format", bad, again)
+    if not wrong and not bad:
+        yield _zero_format(name, source)
+        yield from _check_values(name, source)
+
+
+def _headers(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of every tensor, from the files' headers. The files themselves have been opened before."""
+    index = folder / INDEX
+    shards = sorted(set(json.loads(index.read_text("utf8"))["weight_map"].values())) if index.exists() else [SINGLE]
+    found = {}
+    for shard in shards:
+        with (folder / shard).open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        found |= {name: (about["dtype"], tuple(about["shape"])) for name, about in header.items() if name != "__metadata__"}
+    return found
+
+
+_DTYPES = {
+    torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.int32: "I32", torch.int64: "I64", torch.uint8: "U8",
+}  # fmt: skip
+
+
+def _wrong_tensors(source: QuantizedFolder, headers: dict) -> Iterator[str]:
+    for layer in source.names:
+        specs = source.reader.specs(layer, source.shape(layer))
+        for suffix, spec in specs.items():
+            dtype, shape = headers.get(f"{layer}.{suffix}", (None, None))
+            if dtype is None:
+                yield f"{layer}.{suffix} is missing"
+            elif dtype not in {_DTYPES[d] for d in spec.dtypes} or (spec.shape is not None and shape != spec.shape):
+                yield f"{layer}.{suffix} is {dtype} {list(shape)}"
+
+
+def _zero_format(name: str, source: QuantizedFolder) -> Finding:
+    """v1 stores zero − 1: a symmetric grid survives that, an asymmetric zero point of 0 doesn't."""
+    config = source.quantization_config
+    if config.get("quant_method") != "gptq":
+        return Finding(True, f"{name}: zero points need no version in {config.get('quant_method', 'bitsandbytes')}")
+    if source.reader.version == 2:
+        return Finding(True, f"{name}: zero points are stored as they are (gptq_v2)")
+    if config.get("sym", True):
+        return Finding(True, f"{name}: zero points are stored minus one (gptq v1), which a symmetric grid survives")
+    return Finding(
+        False,
+        f"{name}: an asymmetric grid with zero points stored minus one (gptq v1), where a zero of 0 has no code; a v2 base was probably loaded "
+        "and saved again: export it again with cloq export --format gptq",
+    )
+
+
+def _check_values(name: str, source: QuantizedFolder) -> Iterator[Finding]:
+    """Scales of all layers, zero points where the configuration promises a symmetric grid, codes of a few layers."""
+    names = sorted(source.names)
+    bad = [layer for layer in names if not _finite(source, layer)]
+    yield _finding(f"{name}: all scales are finite", bad, "the files are damaged: export it again")
+    if source.quantization_config.get("quant_method") == "gptq" and source.quantization_config.get("sym"):
+        skewed = [layer for layer in names if not _symmetric(source, layer)]
+        what = "have other zero points, which servers ignore: set sym to false in config.json"
+        yield _finding(f"{name}: config.json says symmetric, and every zero point is in the middle", skewed, what)
+    for layer in _probes(names):
+        weight = source.weight(layer)
+        if not bool(torch.isfinite(weight.dequantize()).all()):
+            yield Finding(False, f"{name}: {layer} does not decode to finite values; export it again")
+    yield Finding(True, f"{name}: {len(_probes(names))} layers decode ({', '.join(_probes(names)[:_SHOWN])}, …)")
+
+
+def _finite(source: QuantizedFolder, layer: str) -> bool:
+    tensors = source.small_tensors(layer)
+    return all(bool(torch.isfinite(t).all()) for t in tensors.values() if t.is_floating_point())
+
+
+def _symmetric(source: QuantizedFolder, layer: str) -> bool:
+    reader, tensors = source.reader, source.small_tensors(layer)
+    zero = packing.unpack(tensors["qzeros"], reader.bits, tensors["scales"].shape[1])
+    middle = 2 ** (reader.bits - 1) - (1 if reader.version == 1 else 0)
+    return bool((zero == middle).all())
+
+
+# -- the adapter -------------------------------------------------------------------------------------------------------
+
+
+def _check_adapter(adapter: AdapterFolder, base: Path, store: Store) -> Iterator[Finding]:
+    again = "write it again by running the same cloq quantize command"
+    source = QuantizedFolder(base)
+    linears = {name: linear_shape(module) for name, module in source.decoder().model.named_modules() if is_linear(module)}
+    yield _belongs(adapter.config.get("base_model_name_or_path"), base)
+    yield from _check_settings(adapter.config)
+    targets = adapter.targets(linears)
+    keys = adapter.expected_keys(targets)
+    yield _finding("adapter: factors for every layer that PEFT will put some on", sorted(keys - adapter.keys), f"missing; {again}")
+    yield _finding("adapter: no factors that PEFT would leave aside", sorted(adapter.keys - keys), f"not used; {again}")
+    yield _finding("adapter: factors for every quantized layer", sorted(source.names - adapter.names), "without; use the base it was made for")
+    if keys <= adapter.keys:
+        wrong = sorted(_wrong_factors(adapter, {name: linears[name] for name in targets}))
+        yield _finding("adapter: factors in the shapes of their layers, multiplied by 1 (alpha / r), finite", wrong, again)
+        yield _not_initialized_again(adapter, targets, store, again)
+        yield _as_fitted(adapter, store)
+
+
+def _belongs(stated: str | None, base: Path) -> Finding:
+    if stated is not None and Path(stated).resolve() == base.resolve():
+        return Finding(True, f"adapter: belongs to the base in {base}")
+    return Finding(
+        False,
+        f"adapter: says that it belongs to {stated}, which is not {base.resolve()}: set base_model_name_or_path in adapter_config.json, or "
+        "name the base when loading (cloq.load does)",
+    )
+
+
+def _not_initialized_again(adapter: AdapterFolder, targets: set[str], store: Store, again: str) -> Finding:
+    """QLoRA's B is zero; any other that is has been through PEFT's own initialisation."""
+    known = (store.folder / "manifest.json").is_file()
+    if known and store.manifest()["settings"]["lora"]["init"] == "zero":
+        return Finding(True, "adapter: B is zero where the run asked for that (--init zero)")
+    zero = sorted(name for name in targets if not bool(adapter.read(name).B.any()))
+    remedy = f"have a B of zeros, as after get_peft_model, which initialises again; {again}, and load it with PeftModel.from_pretrained"
+    return _finding("adapter: not initialised again", zero, remedy)
+
+
+def _as_fitted(adapter: AdapterFolder, store: Store) -> Finding:
+    probes = list(_stored_probes(store))
+    if not probes:
+        return Finding(True, "adapter: no stored blocks (.cloq) left to compare with")
+    differing = [name for name, result in probes if not _equal(adapter.read(name), result.factors)]
+    remedy = "differ from the run's: trained since, or of another run; for the initial ones run the same cloq quantize command"
+    return _finding(f"adapter: factors of {len(probes)} layers are the fitted ones", differing, remedy)
+
+
+def _equal(one: LoraFactors, other: LoraFactors) -> bool:
+    return torch.equal(one.A, other.A) and torch.equal(one.B, other.B)
+
+
+def _check_settings(config: dict[str, Any]) -> Iterator[Finding]:
+    wanted = {
+        "peft_type": "LORA", "bias": "none", "use_rslora": False, "use_dora": False, "init_lora_weights": True, "lora_bias": False,
+        "modules_to_save": None, "layers_to_transform": None,
+    }  # fmt: skip
+    wrong = [f"{key} is {config[key]!r}, not {value!r}" for key, value in wanted.items() if config.get(key, value) != value]
+    yield _finding("adapter: settings that leave the fitted product as it is", wrong, "set them in adapter_config.json")
+
+
+def _wrong_factors(adapter: AdapterFolder, linears: dict[str, tuple[int, int]]) -> Iterator[str]:
+    for name, (out, columns) in linears.items():
+        factors, (rank, alpha) = adapter.read(name), adapter.rank_and_alpha(name)
+        if tuple(factors.A.shape) != (rank, columns) or tuple(factors.B.shape) != (out, rank):
+            yield f"{name} has A {tuple(factors.A.shape)} and B {tuple(factors.B.shape)} for rank {rank} and a layer ({out}, {columns})"
+        elif alpha != rank:
+            yield f"{name} is multiplied by alpha / r = {alpha} / {rank}"
+        elif not bool(torch.isfinite(factors.A).all() and torch.isfinite(factors.B).all()):
+            yield f"{name} holds NaN or Inf"
+
+
+# -- against the stored blocks -----------------------------------------------------------------------------------------
+
+
+def _against_store(store: Store, folder: Path) -> list[Finding]:
+    """A few layers, decoded from the folder's files, equal what was fitted, bit by bit."""
+    probes = list(_stored_probes(store))
+    if not probes:
+        return [Finding(True, f"{folder.name}: no stored blocks (.cloq) left to compare with")]
+    decoder = QuantizedFolder(folder).decoder()
+    differing = [name for name, result in probes if not _decodes_to(decoder, name, result)]
+    remedy = "decode to something else than was fitted; export it again with cloq export"
+    return [_finding(f"{folder.name}: {len(probes)} layers decode to what was fitted, bit by bit", differing, remedy)]
+
+
+def _stored_probes(store: Store) -> Iterator[tuple[str, LayerResult]]:
+    """One layer of each of a few blocks, another one each time."""
+    blocks = _probes(range(store.finished()))
+    for turn, index in enumerate(blocks):
+        results = store.read(index)
+        names = list(results)
+        if names:
+            name = names[turn * len(names) // len(blocks)]
+            yield name, results[name]
+
+
+def _decodes_to(decoder: Decoder, name: str, result: LayerResult) -> bool:
+    """A dense export has rounded the decoded weight to its own precision; decoding of packed layers gives float32."""
+    precision = decoder.read(f"{name}.weight").dtype
+    return torch.equal(decoder.weight(name, decoder.model.get_submodule(name)), result.weight.dequantize().to(precision).float())
+
+
+def _probes(items):
+    """At most `PROBES` of them, the first and the last included, evenly spread."""
+    items = list(items)
+    count = min(PROBES, len(items))
+    return [items[i * (len(items) - 1) // max(1, count - 1)] for i in range(count)]
+
+
+def _finding(what: str, wrong: list[str], remedy: str) -> Finding:
+    if not wrong:
+        return Finding(True, what)
+    shown = ", ".join(wrong[:_SHOWN]) + (f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else "")
+    return Finding(False, f"{what}: NO: {shown}: {remedy}")
