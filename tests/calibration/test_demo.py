@@ -5,17 +5,15 @@ import os
 import subprocess
 import sys
 
-from cloq.calibration import documents
+from cloq.calibration import demo, documents
 from cloq.calibration.demo import plain_documents
 
 
 def test_it_is_the_same_in_another_process():
-    code = (
-        "import hashlib; from cloq.calibration import documents\n"
-        "print(hashlib.sha256(repr(list(documents('demo'))).encode()).hexdigest())"
-    )
-    environment = {**os.environ, "PYTHONPATH": ":".join(sys.path), "PYTHONHASHSEED": "7"}
-    other = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    code = f"import hashlib, runpy; texts = runpy.run_path({demo.__file__!r})['demo_documents']()"
+    show = "print(hashlib.sha256(repr(list(texts)).encode()).hexdigest())"
+    environment = {**os.environ, "PYTHONHASHSEED": "7"}
+    other = subprocess.run([sys.executable, "-c", f"{code}; {show}"], env=environment, capture_output=True, text=True)
     assert other.stdout.strip() == hashlib.sha256(repr(list(documents("demo"))).encode()).hexdigest(), other.stderr
 
 

@@ -1,9 +1,5 @@
 """Gram sums and shared inputs, against a block small enough to do by hand."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -234,43 +230,56 @@ def test_inputs_are_left_alone():
     assert torch.equal(x, before)
 
 
+MATMULS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+
+
+def precisions():
+    return [matmul.fp32_precision for matmul in MATMULS]
+
+
+def choose(*values):
+    for matmul, value in zip(MATMULS, values, strict=True):
+        matmul.fp32_precision = value
+
+
 CHOICES = {
-    "nothing": "",
-    "the old way": "torch.set_float32_matmul_precision('high')",
-    "the new way": "torch.backends.cuda.matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision = 'tf32'",
+    "nothing": lambda: None,
+    "the old way": lambda: torch.set_float32_matmul_precision("high"),
+    "the new way": lambda: choose("tf32", "tf32"),
 }
 
 
-@pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)
-def test_the_callers_matmul_precision_is_set_aside_and_put_back(choice):
-    """In a fresh process, for torch does not let go of a mixture of the two ways of choosing."""
-    code = f"""
-import torch
-from torch import nn
-from cloq.calibration import gram_matrices
-if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-    raise SystemExit(print("old torch"))
-{choice}
-state = lambda: (torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision)
-before, during, inside = state(), [], []
-class Watched(torch.Tensor):
+class Watched(Tensor):
+    """Notes the precision in which it is multiplied."""
+
+    seen: list = []  # noqa: RUF012
+
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
-        if function is torch.Tensor.addmm_:
-            during.append(state())
-        return super().__torch_function__(function, types, args, kwargs or {{}})
-layer = nn.Linear(4, 3)
-x = torch.randn(5, 4).as_subclass(Watched)
-gram_matrices([lambda: (inside.append(state()), layer(x))], {{"l": layer}}, ["l"])
-assert during == [("ieee", "ieee")], during
-assert inside == [before] and state() == before, (inside, before, state())
-print("ok")
-"""
-    environment = {**os.environ, "PYTHONPATH": ":".join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    if done.stdout.strip() == "old torch":
-        pytest.skip("torch before 2.9 has one way of choosing only")
-    assert done.stdout.strip() == "ok", done.stderr
+        if function is Tensor.addmm_:
+            cls.seen.append(precisions())
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+@pytest.fixture
+def put_back():
+    """The precision as it was; first in the old way, for torch refuses the old setting where it differs from the new one."""
+    before = precisions()
+    yield
+    torch.set_float32_matmul_precision("highest")
+    choose(*before)
+    Watched.seen.clear()
+
+
+@pytest.mark.skipif(not hasattr(MATMULS[0], "fp32_precision"), reason="torch before 2.9 has one way of choosing only")
+@pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)
+def test_the_callers_matmul_precision_is_set_aside_for_the_sums_alone(choice, put_back):
+    layer, x, in_forward = nn.Linear(4, 3), torch.randn(5, 4).as_subclass(Watched), []
+    choice()
+    chosen = precisions()
+    gram_matrices([lambda: (in_forward.append(precisions()), layer(x))], {"l": layer}, ["l"])
+    assert Watched.seen == [["ieee", "ieee"]]
+    assert in_forward == [chosen] and precisions() == chosen
 
 
 @pytest.mark.gpu
