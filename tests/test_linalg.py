@@ -178,6 +178,7 @@ def test_a_failed_cholesky_raises_the_damping_and_returns_it():
     damped = gram.double() + used * gram.double().diagonal().mean() * torch.eye(40)
     torch.testing.assert_close(factor.double().T @ factor.double(), torch.linalg.inv(damped), rtol=1e-3, atol=1e-3)
     assert linalg.inverse_cholesky(gram, 0.0).damping == pytest.approx(0.1)  # 0 → 1e-4 → 1e-3 → 1e-2 → 1e-1
+    assert linalg.inverse_cholesky(gram + 0.05 * torch.eye(40) - 1e-5 * torch.eye(40), 0.0).damping == 1e-4
 
 
 def test_what_is_no_gram_matrix_is_refused():
