@@ -3,7 +3,7 @@ was left alone.
 
     python scripts/bench_resume.py MODEL --calib train.txt --kills 10
 
-The kill is SIGKILL, at a moment drawn uniformly from the time that the undisturbed run took. Prints where each kill struck and exits with 1
+Unknown flags go to `cloq quantize`. The kill is SIGKILL, at a moment drawn uniformly from the time that the undisturbed run took. Prints where each kill struck and exits with 1
 if a single exported byte differs.
 """
 
@@ -38,10 +38,10 @@ def main() -> int:
     parser.add_argument("--samples", default="4")
     parser.add_argument("--seq-len", default="256")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args, further = parser.parse_known_args()
     work = Path(tempfile.mkdtemp(prefix="cloq-resume-"))
     command = [sys.executable, "-m", "cloq", "quantize", args.model, "--bits", "2", "--calib", args.calib, "--calib-samples", args.samples]
-    command += ["--seq-len", args.seq_len, "--quiet", "--out"]
+    command += ["--seq-len", args.seq_len, "--quiet", *further, "--out"]
 
     began = time.perf_counter()
     subprocess.run([*command, str(work / "alone")], check=True)
