@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -19,9 +19,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Model = Annotated[Optional[str], typer.Argument(help="Hub id or folder. Default: the embedded SmolLM2-135M-Instruct.", show_default=False)]
-Config = Annotated[Optional[Path], typer.Option("--config", help="A run.yaml to start from; flags win over it.", show_default=False)]
-Out = Annotated[Optional[Path], typer.Option("--out", "-o", help="Folder of the run.", show_default="./MODEL-Nbit-INIT")]
+Model = Annotated[str | None, typer.Argument(help="Hub id or folder. Default: the embedded SmolLM2-135M-Instruct.", show_default=False)]
+Config = Annotated[Path | None, typer.Option("--config", help="A run.yaml to start from; flags win over it.", show_default=False)]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the run.", show_default="./MODEL-Nbit-INIT")]
 Restart = Annotated[bool, typer.Option("--restart", help="Discard what is in the folder of the run and start over.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Json = Annotated[bool, typer.Option("--json", help="JSON on standard output instead of a progress bar and tables.")]
@@ -43,7 +43,7 @@ def quantize(
     out: Out = None,
     config: Config = None,
     restart: Restart = False,
-    format: Annotated[Optional[str], typer.Option("--format", help="Of the base in OUT/model.", show_default="gptq")] = None,
+    format: Annotated[str | None, typer.Option("--format", help="Of the base in OUT/model.", show_default="gptq")] = None,
     quiet: Quiet = False,
     json: Json = False,
     settings: dict[str, Any] = {},  # noqa: B006 - never mutated; filled by with_settings
@@ -101,7 +101,7 @@ def plan(model: Model = None, config: Config = None, json: Json = False, setting
 def export(
     out: Run,
     format: Annotated[str, typer.Option("--format", help="gptq, dense, nf4, compressed-tensors, container.")],
-    target: Annotated[Optional[Path], typer.Option("--to", help="Folder to write.", show_default="OUT/model-FORMAT")] = None,
+    target: Annotated[Path | None, typer.Option("--to", help="Folder to write.", show_default="OUT/model-FORMAT")] = None,
 ) -> None:
     """Write the base of a finished run in another format."""
     from cloq.api import export as write
@@ -131,7 +131,7 @@ def eval(
     out: Run,
     text: Text = "Salesforce/wikitext:wikitext-2-raw-v1:test",
     seq_len: Annotated[int, typer.Option("--seq-len", help="Tokens per sequence; part of the protocol's name.")] = 2048,
-    samples: Annotated[Optional[int], typer.Option("--samples", help="Only the first sequences.", show_default="all")] = None,
+    samples: Annotated[int | None, typer.Option("--samples", help="Only the first sequences.", show_default="all")] = None,
     dense: Annotated[bool, typer.Option("--dense/--no-dense", help="Also the 16-bit model that the run started from.")] = True,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     json: Json = False,
