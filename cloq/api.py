@@ -1,10 +1,10 @@
 """The main jobs as functions: from a model's name to a folder with a packed base, an adapter and a report.
 
-    OUT/model/     the packed base, an ordinary Hugging Face folder
-    OUT/adapter/   the factors, an ordinary PEFT folder
-    OUT/run.yaml   every setting and version; `cloq quantize --config OUT/run.yaml` repeats the run
-    OUT/report.json, report.html, layers.csv, README.md
-    OUT/.cloq/     finished blocks, from which any export is made
+OUT/model/     the packed base, an ordinary Hugging Face folder
+OUT/adapter/   the factors, an ordinary PEFT folder
+OUT/run.yaml   every setting and version; `cloq quantize --config OUT/run.yaml` repeats the run
+OUT/report.json, report.html, layers.csv, README.md
+OUT/.cloq/     finished blocks, from which any export is made
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ class RunResult:
         return self.out / "adapter"
 
 
-def quantize(model: str, *, out: str | Path, restart: bool = False, emit: Emit | None = None, format: str | None = None, **settings) -> RunResult:
+def quantize(
+    model: str, *, out: str | Path, restart: bool = False, emit: Emit | None = None, format: str | None = None, **settings
+) -> RunResult:
     """Quantizes a model and initialises its adapters: `cloq.quantize("org/model", bits=2, rank=64, calib="wikitext2", out="out")`.
 
     settings: as on the command line, with underscores: `bits`, `group_size`, `rank`, `init`, `calib`, `calib_samples`, `seq_len`, `magr`,
@@ -186,7 +188,7 @@ def _base_folder(out: Path) -> Path:
 
 
 def export(out: str | Path, form: str, target: str | Path | None = None) -> Path:
-    """Writes the base of a finished run in another format, by default into `out/model-FORMAT`. Raises `ExportError` if it cannot hold it."""
+    """Writes a finished run's base in another format, by default into `out/model-FORMAT`. `ExportError` if that cannot hold it."""
     from cloq.export import FORMATS, write_model
     from cloq.store import Store
 
@@ -235,7 +237,8 @@ def _report(result: RunResult, decoder: Decoder, form: str | None, versions: dic
 
     sizes = {"original": weight_bytes(decoder.folder), "base": weight_bytes(result.base), "adapter": weight_bytes(result.adapter)}
     report = Report(
-        result.spec, result.layers, result.seconds, result.phases, form=form, sizes=sizes, peak_memory=_peak_memory(decoder), versions=versions
+        result.spec, result.layers, result.seconds, result.phases,
+        form=form, sizes=sizes, peak_memory=_peak_memory(decoder), versions=versions,
     )  # fmt: skip
     return carry_over(result.out, report)
 

@@ -1,7 +1,7 @@
 """Perplexity, streamed block by block like everything else: the whole model is never in memory.
 
 The protocol has a name and stands beside every number: `chunks-L` is the text as one stream of tokens, cut into sequences of L without
-overlap, every token but a sequence's first predicted, the mean taken over all predicted tokens. (WikiText-2's usual protocol with L = 2048.)
+overlap, every token but a sequence's first predicted, the mean over all predicted tokens. (WikiText-2's usual protocol has L = 2048.)
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def evaluation_tokens(text: str, tokenizer, seq_len: int, max_samples: int | Non
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     count = len(ids) // seq_len
     if count == 0:
-        raise CalibrationError(f"the evaluation text has {len(ids)} tokens, fewer than one sequence of {seq_len}; give more text or lower --seq-len")
+        raise CalibrationError(
+            f"the evaluation text has {len(ids)} tokens, fewer than one sequence of {seq_len}; give more text or lower --seq-len"
+        )
     count = min(count, max_samples or count)
     return torch.tensor(ids[: count * seq_len], dtype=torch.int64).reshape(count, seq_len)
 

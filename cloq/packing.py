@@ -1,7 +1,7 @@
 """Unsigned integers of 1 to 8 bits ↔ a little-endian bit stream in int32 words: one exact inverse pair for every width and format.
 
-A row of n codes becomes `ceil(n · bits / 32)` words; code i occupies bits `i · bits … (i + 1) · bits − 1` of the stream and may straddle two
-words (3 bits: codes 10 and 21 of every 32). GPTQ and compressed-tensors files both use this layout, along different axes.
+A row of n codes becomes `ceil(n · bits / 32)` words; code i occupies bits `i · bits … (i + 1) · bits − 1` of the stream and may
+straddle two words (3 bits: codes 10 and 21 of every 32). GPTQ and compressed-tensors files both use this layout, along different axes.
 """
 
 from __future__ import annotations

@@ -48,7 +48,8 @@ class GivenBase(Protocol):
 
 
 def quantize_blocks(
-    spec: RunSpec, decoder: Decoder, tokens: CalibrationTokens, store: Store, emit: Emit, *, restart: bool = False, given: GivenBase | None = None
+    spec: RunSpec, decoder: Decoder, tokens: CalibrationTokens, store: Store, emit: Emit, *,
+    restart: bool = False, given: GivenBase | None = None,
 ) -> None:  # fmt: skip
     """Runs the loop until every block is stored. `store` must be locked by the caller. given: take these codes instead of quantizing.
 
@@ -236,7 +237,12 @@ def versions() -> dict[str, str]:
     """Of everything that decides the bytes of a result."""
     from importlib.metadata import version
 
-    return {"cloq": __version__, "torch": str(torch.__version__), "transformers": version("transformers"), "tokenizers": version("tokenizers")}
+    return {
+        "cloq": __version__,
+        "torch": str(torch.__version__),
+        "transformers": version("transformers"),
+        "tokenizers": version("tokenizers"),
+    }
 
 
 class _Clock:

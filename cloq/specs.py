@@ -102,7 +102,9 @@ class QuantSpec(Spec):
         _one_of("bits", self.bits, BITS)
         _one_of("group_size", self.group_size, GROUP_SIZES)
         _one_of("quantizer", self.quantizer, QUANTIZER_NAMES)
-        _require(self.quantizer != "nf4" or self.bits == 4, f"nf4 is a 4-bit codebook; bits is {self.bits}. Use --bits 4, or --quantizer gptq")
+        _require(
+            self.quantizer != "nf4" or self.bits == 4, f"nf4 is a 4-bit codebook; bits is {self.bits}. Use --bits 4, or --quantizer gptq"
+        )
         _require(self.quantizer != "nf4" or self.group_size == 64, "nf4 uses blocks of 64 values; set group_size to 64")
         _require(0 <= self.damping <= 1, f"damping is {self.damping}; it is relative to the mean diagonal, between 0 and 1 (0.01 is usual)")
         _require(self.magr_alpha is None or self.magr_alpha > 0, f"magr_alpha is {self.magr_alpha}; it must be positive")
@@ -130,7 +132,7 @@ class CalibSpec(Spec):
 
     source: `demo`, `self`, `c4`, `wikitext2`, `pile`, a hub data set `owner/name[:config[:split]]`, a local file or folder, or a mixture
         `a:0.5,b:0.5` of these. column: of the data set, where it is not found by itself.
-    samples: sequences of `seq_len` tokens for the Gram matrices. heldout: further sequences, as a share of `samples`, for the held-out error.
+    samples: sequences of `seq_len` tokens for the Gram matrices. heldout: further sequences, a share of `samples`, for the held-out error.
     seed: of the choice of sequences.
     """
 
@@ -234,7 +236,10 @@ def layer_spec(run: RunSpec, name: str) -> LayerSpec:
 
 
 FLAT = {
-    **{name: ("", name) for name in ("model", "revision", "quantized", "propagate", "sequential", "device", "batch_tokens", "trust_remote_code")},
+    **{
+        name: ("", name)
+        for name in ("model", "revision", "quantized", "propagate", "sequential", "device", "batch_tokens", "trust_remote_code")
+    },
     **{name: ("", name) for name in ("only", "skip", "rules")},
     **{f.name: ("quant", f.name) for f in dataclasses.fields(QuantSpec)},
     **{name: ("lora", name) for name in ("init", "rank", "split")},

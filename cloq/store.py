@@ -1,8 +1,8 @@
 """Finished blocks on disk: written atomically, never recomputed, and only ever continued by a run with the same settings.
 
-    OUT/.cloq/manifest.json         what the run is: settings, versions, fingerprints of the model and of the calibration tokens
-    OUT/.cloq/blocks/00007.safetensors   one finished block: packed codes, scales, zero points, factors; metrics in its header
-    OUT/.cloq/lock                  held while a run writes here
+OUT/.cloq/manifest.json         what the run is: settings, versions, fingerprints of the model and of the calibration tokens
+OUT/.cloq/blocks/00007.safetensors   one finished block: packed codes, scales, zero points, factors; metrics in its header
+OUT/.cloq/lock                  held while a run writes here
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Store:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Held while a run writes here; `RunError` if another process holds it. The system frees it when the process ends, however it ends."""
+        """Held while a run writes here; `RunError` if another process holds it. It is free when the process ends, however it ends."""
         with writing(self.out):
             self.folder.mkdir(parents=True, exist_ok=True)
             handle = open(self.folder / "lock", "w")  # noqa: SIM115 - closed below, after the lock
@@ -102,7 +102,9 @@ class Store:
         try:
             return json.loads((self.folder / "manifest.json").read_text("utf8"))
         except FileNotFoundError as error:
-            raise RunError(f"{self.out} holds no cloq run (no {FOLDER}/manifest.json); make one with cloq quantize --out {self.out}") from error
+            raise RunError(
+                f"{self.out} holds no cloq run (no {FOLDER}/manifest.json); make one with cloq quantize --out {self.out}"
+            ) from error
         except ValueError as error:
             raise RunError(f"{self.folder / 'manifest.json'} is damaged ({error}); start over with --restart") from error
 

@@ -211,6 +211,4 @@ class Initializer(Protocol):
     shape. `rank` must not exceed `min(weight.shape)`.
     """
 
-    def initialize(
-        self, weight: Tensor, stats: LayerStats, quantize: Quantize, rank: int
-    ) -> tuple[AnyQuantizedWeight, LoraFactors]: ...
+    def initialize(self, weight: Tensor, stats: LayerStats, quantize: Quantize, rank: int) -> tuple[AnyQuantizedWeight, LoraFactors]: ...

@@ -48,7 +48,9 @@ def in_child(name: str, out: Path) -> tuple[float, float]:
     """Seconds and peak memory in MiB of one quantization in a fresh process."""
     began = time.perf_counter()
     environment = os.environ | {"GPTQMODEL_CPU_WORKERS": "2", "TORCHDYNAMO_DISABLE": "1"}
-    process = subprocess.Popen([sys.executable, __file__, *sys.argv[1:], "--child", name, "--out", str(out)], env=environment, stdout=sys.stderr)
+    process = subprocess.Popen(
+        [sys.executable, __file__, *sys.argv[1:], "--child", name, "--out", str(out)], env=environment, stdout=sys.stderr
+    )
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{name} failed with status {status}")

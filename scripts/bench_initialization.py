@@ -80,7 +80,8 @@ def run(args: argparse.Namespace) -> list[dict]:
     calib, unseen = decoder.enter(tokens.calibration, 4096), decoder.enter(tokens.heldout, 4096)
     start = decoder.enter(test, 4096)
     variants = [
-        Variant(bits, base, init, QuantSpec(bits=bits, group_size=args.group_size, **BASES[base]), lora(init, base, args.rank), start, calib, unseen)
+        Variant(bits, base, init, QuantSpec(bits=bits, group_size=args.group_size, **BASES[base]), lora(init, base, args.rank),
+                start, calib, unseen)
         for bits in args.bits for base in args.bases for init in args.inits
     ]  # fmt: skip
     reference = Variant(16, "16-bit", "none", QuantSpec(), LoraSpec(), start, calib, unseen)

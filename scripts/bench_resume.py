@@ -3,8 +3,10 @@ was left alone.
 
     python scripts/bench_resume.py MODEL --calib train.txt --kills 10
 
-Unknown flags go to `cloq quantize`. The kill is SIGKILL, at a moment drawn uniformly from the time that the undisturbed run took. Prints where each kill struck and exits with 1
-if a single exported byte differs.
+Unknown flags go to `cloq quantize`.
+
+The kill is SIGKILL, at a moment drawn uniformly from the time that the undisturbed run took. Prints where each kill
+struck and exits with 1 if a single exported byte differs.
 """
 
 from __future__ import annotations

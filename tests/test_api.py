@@ -96,7 +96,18 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_bytes(finished, tmp_path)
     """SIGKILL once the first block is stored, then the same command again."""
     out = tmp_path / "out"
     settings = [f"--{k.replace('_', '-')}={v}" for k, v in SETTINGS.items()]
-    command = [sys.executable, "-m", "cloq", "quantize", finished.spec.model, "--calib", finished.spec.calib.source, *settings, "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "cloq",
+        "quantize",
+        finished.spec.model,
+        "--calib",
+        finished.spec.calib.source,
+        *settings,
+        "--out",
+        str(out),
+    ]
     process = subprocess.Popen([*command, "--quiet"], env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())})
     while process.poll() is None and not (out / ".cloq/blocks/00000.safetensors").exists():
         time.sleep(0.002)

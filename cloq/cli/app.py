@@ -57,7 +57,9 @@ def quantize(
 @with_settings
 def init(
     dense: Annotated[str, typer.Option("--dense", help="The original 16-bit model: hub id or folder.", show_default=False)],
-    quantized: Annotated[str, typer.Option("--quantized", help="A base that someone else quantized: GPTQ, NF4 or compressed-tensors.", show_default=False)],
+    quantized: Annotated[
+        str, typer.Option("--quantized", help="A base quantized by someone else: GPTQ, NF4, compressed-tensors.", show_default=False)
+    ],
     out: Out = None,
     restart: Restart = False,
     quiet: Quiet = False,
@@ -136,7 +138,7 @@ def eval(
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     json: Json = False,
 ) -> None:
-    """Perplexity of the 16-bit model, the quantized base alone and the base with its adapter, as their files decode. Added to the report."""
+    """Perplexity of the 16-bit model, the base alone and the base with its adapter, as their files decode. Added to the report."""
     from cloq.api import evaluate
     from cloq.cli.progress import counting
     from cloq.models import quiet_libraries

@@ -38,7 +38,7 @@ def run_demo(out: Path, restart: bool) -> None:
 
 
 def generate_each(result, prompt: str) -> list[str]:
-    """Greedy continuations by the 16-bit model, the packed base, and the base with its adapter, through the libraries that users load with."""
+    """Greedy continuations by the 16-bit model, the packed base, and base with adapter, through the libraries that users load with."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -69,7 +69,8 @@ class _TimeLeft:
         if not self._seconds or not remaining:
             return ""
         mean = sum(self._seconds[-5:]) / len(self._seconds[-5:])
-        return time.strftime("%-M:%S left", time.gmtime(remaining * mean)) if remaining * mean < 3600 else f"{remaining * mean / 3600:.1f} h left"
+        left = remaining * mean
+        return time.strftime("%-M:%S left", time.gmtime(left)) if left < 3600 else f"{left / 3600:.1f} h left"
 
 
 @contextmanager
