@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "quantize": "cloq.api",
-    "load": "cloq.load",
+    "load": "cloq.loading",
     "closed_form": "cloq.initializers",
     "RunSpec": "cloq.specs",
     "QuantSpec": "cloq.specs",
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from cloq.api import quantize
     from cloq.errors import CloqError
     from cloq.initializers import closed_form
-    from cloq.load import load
+    from cloq.loading import load
     from cloq.specs import CalibSpec, LoraSpec, QuantSpec, Rule, RunSpec
 
 

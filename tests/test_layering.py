@@ -24,7 +24,7 @@ LAYERS = (
     {"store"},
     {"pipeline"},
     {"export"},
-    {"load", "check", "evaluate", "report", "plan"},
+    {"loading", "check", "evaluate", "report", "plan"},
     {"api"},
     {"cli"},
     {"__main__"},

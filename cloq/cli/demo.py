@@ -42,7 +42,7 @@ def generate_each(result, prompt: str) -> list[str]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from cloq.load import load
+    from cloq.loading import load
     from cloq.models import locate
 
     # the packed kernels' compiled path needs a C++ compiler; a short demonstration does without

@@ -1,0 +1,96 @@
+"""A finished run → a model ready to use or to train, through the real libraries: transformers for the base, PEFT for the
+adapter."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from cloq.errors import ExportError, MissingLibrary
+
+_NEEDS = {
+    "gptq": (("gptqmodel", "optimum"), "gptq"),
+    "bitsandbytes": (("bitsandbytes",), "nf4"),
+    "compressed-tensors": (("compressed_tensors",), "compressed-tensors"),
+}
+
+
+def load(out: str | Path, trainable: bool = False, *, base: str | Path | None = None, adapter: str | Path | None = None, **kwargs):
+    """The base in `out/model` with the adapter in `out/adapter`, as a `peft.PeftModel`.
+
+    trainable: the factors get gradients (and nothing else does). base, adapter: other folders than those of the run; where there
+    is no `out/model`, the base is the one that the adapter names. Further arguments go to `AutoModelForCausalLM.from_pretrained`
+    (`dtype`, `device_map`, …). Equal to the plain way, which is
+
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter, is_trainable=...)
+
+    but for three things: the base is checked first, because a missing tensor would abort the process; without a `dtype`, a
+    float16 base on a machine without a GPU is loaded as float32 (a CPU multiplies float16 some twenty times slower); and a
+    compressed-tensors base with several widths is decoded at once, because PEFT cannot wrap what is still packed.
+
+    Raises `ExportError` if a folder is missing or damaged, `MissingLibrary` with the pip command if the format needs one that is
+    not there.
+    """
+    from cloq.export.peft import AdapterFolder
+    from cloq.export.read import read_config
+
+    adapter = AdapterFolder(adapter or Path(out) / "adapter")
+    base = Path(base) if base else _base(Path(out), adapter)
+    config = read_config(base)
+    quantization = config.get("quantization_config") or {}
+    require_libraries(base)
+    _check(base, quantization, bool(kwargs.get("trust_remote_code", False)))
+    if "dtype" not in kwargs and "torch_dtype" not in kwargs:
+        kwargs["dtype"] = _default_dtype(config)
+
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, **kwargs)
+    if _still_packed(quantization):
+        model.hf_quantizer.compressor.decompress_model(model)
+    return PeftModel.from_pretrained(model, adapter.folder, is_trainable=trainable)
+
+
+def _base(out: Path, adapter) -> Path:
+    stated = adapter.config.get("base_model_name_or_path")
+    if (out / "model" / "config.json").is_file() or not stated:
+        return out / "model"
+    return Path(stated)
+
+
+def _check(base: Path, quantization: dict[str, Any], trust_remote_code: bool) -> None:
+    from cloq.check import check_base
+
+    failed = [finding.what for finding in check_base(base, trust_remote_code) if not finding.ok]
+    if failed:
+        raise ExportError(f"{base} cannot be loaded as it is: {failed[0]} (cloq check says more)")
+    groups = quantization.get("config_groups", {}).values()
+    if _still_packed(quantization) and not all(group["weights"].get("symmetric", True) for group in groups):
+        raise ExportError(
+            f"{base} has asymmetric compressed-tensors layers of several widths, which servers read but transformers cannot; "
+            "write another base with cloq export --format container or dense"
+        )
+
+
+def _still_packed(quantization: dict[str, Any]) -> bool:
+    return quantization.get("quant_method") == "compressed-tensors" and not quantization.get("dequantize")
+
+
+def _default_dtype(config: dict[str, Any]):
+    import torch
+
+    stated = config.get("dtype") or config.get("torch_dtype")
+    return torch.float32 if stated == "float16" and not torch.cuda.is_available() else "auto"
+
+
+def require_libraries(base: Path) -> None:
+    """Raises `MissingLibrary` if the base's format needs a library that is not installed."""
+    from cloq.export.read import read_config
+
+    method = (read_config(base).get("quantization_config") or {}).get("quant_method")
+    libraries, extra = _NEEDS.get(method, ((), None))
+    for library in libraries:
+        if importlib.util.find_spec(library) is None:
+            raise MissingLibrary(library, f"loading the {method} base in {base}", extra)
