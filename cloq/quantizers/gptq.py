@@ -51,17 +51,17 @@ class Gptq:
         weight = grid.finite(weight, grid.LARGEST_WEIGHT)
         weight, gram = _settle_dead_inputs(weight, stats.gram.float())
         columns = weight.shape[1]
+        order = torch.arange(columns, device=weight.device)
         if self.act_order:
             order = torch.argsort(stats.gram.diagonal(), descending=True, stable=True)
-        else:
-            order = torch.arange(columns, device=weight.device)
+            gram = gram[order][:, order]
         natural = grid.group_index(columns, self.group_size, weight.device)
         index = natural[order] if self.static_groups else natural  # group of each column, in processing order
         fits = None
         if self.static_groups or self.group_size is None:
             fits = [self._fit(weight[:, natural == g]) for g in range(int(natural[-1]) + 1)]
 
-        factor, damping = linalg.inverse_cholesky(gram[order][:, order], self.damping)
+        factor, damping = linalg.inverse_cholesky(gram, self.damping)
         codes, fits = self._sweep(weight[:, order].T.contiguous(), factor, index.tolist(), fits)
         scale, zero = (torch.stack(parts, dim=1) for parts in zip(*fits, strict=True))
         back = torch.argsort(order)
