@@ -153,6 +153,7 @@ def test_without_the_library(monkeypatch):
 @pytest.fixture
 def endpoint(monkeypatch):
     """Points the hub's own client at an address on this machine; nothing else is replaced."""
+    import datasets  # noqa: F401 - takes seconds the first time, which the tests below do not mean to measure
     import huggingface_hub
 
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
