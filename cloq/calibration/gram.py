@@ -38,9 +38,7 @@ def shared_inputs(run: Callable[[], object], linears: dict[str, nn.Module]) -> l
     return [*groups.values(), *([name] for name in linears if name not in reached)]
 
 
-def gram_matrices(
-    runs: Iterable[Callable[[], object]], linears: dict[str, nn.Module], names: Sequence[str]
-) -> dict[str, LayerStats]:
+def gram_matrices(runs: Iterable[Callable[[], object]], linears: dict[str, nn.Module], names: Sequence[str]) -> dict[str, LayerStats]:
     """`Σ x xᵀ` over all forwards, for one representative layer of each group in `names`.
 
     Every run is one forward of the block on one micro-batch; it is stopped as soon as the inputs of all `names` have been seen.
@@ -116,9 +114,7 @@ def _watching(linears: dict[str, nn.Module], names: Iterable[str], see: Callable
 @contextmanager
 def _full_precision() -> Iterator[None]:
     """Float32 products of float32 matrices, whatever the caller has chosen for speed: TF32 on GPUs, bfloat16 on some CPUs."""
-    if not hasattr(
-        torch.backends.cuda.matmul, "fp32_precision"
-    ):  # torch before 2.9; newer ones refuse the old setting beside the new
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch before 2.9; newer ones refuse the old setting beside the new
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
         try:

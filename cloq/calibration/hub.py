@@ -18,9 +18,7 @@ _ONE_TEXT = {"Salesforce/wikitext": "text"}
 """Data sets whose rows are the lines of one text, and the column: joined by blank lines as everyone does, so that numbers
 compare."""
 
-LOCAL_INSTEAD = (
-    "Without the hub: --calib demo (always there), --calib self, or a local file such as --calib text.txt or rows.jsonl"
-)
+LOCAL_INSTEAD = "Without the hub: --calib demo (always there), --calib self, or a local file such as --calib text.txt or rows.jsonl"
 
 
 class HubSet(NamedTuple):

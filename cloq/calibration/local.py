@@ -47,9 +47,7 @@ def local_passages(path: Path, column: str | None, tokenizer) -> Iterator[str]:
             found = found or bool(passage.strip())
             yield passage
     if not found:
-        raise CalibrationError(
-            f"{path} holds no text{f' in its {len(files)} files' if path.is_dir() else ''}; give other text to --calib"
-        )
+        raise CalibrationError(f"{path} holds no text{f' in its {len(files)} files' if path.is_dir() else ''}; give other text to --calib")
 
 
 def _files(folder: Path) -> list[Path]:
@@ -58,9 +56,7 @@ def _files(folder: Path) -> list[Path]:
     if not files:
         others = sorted({file.suffix for file in inside if file.suffix and file.is_file()})
         there = f" (there is: {', '.join(others)})" if others else ""
-        raise CalibrationError(
-            f"the folder {folder} holds no {', '.join(SUFFIXES)} file{there}; name one file, or convert to .jsonl"
-        )
+        raise CalibrationError(f"the folder {folder} holds no {', '.join(SUFFIXES)} file{there}; name one file, or convert to .jsonl")
     return files
 
 
@@ -110,9 +106,7 @@ def _opened(file: Path) -> Iterator[TextIO]:
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise CalibrationError(f"{file} is a broken or truncated gzip file ({error}); get it again") from error
     except OSError as error:
-        raise CalibrationError(
-            f"{file} cannot be read ({error.strerror or error}); check the path and its permissions"
-        ) from error
+        raise CalibrationError(f"{file} cannot be read ({error.strerror or error}); check the path and its permissions") from error
 
 
 def _first_bad_line(file: Path) -> int:

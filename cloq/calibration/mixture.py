@@ -32,9 +32,7 @@ def parse_mixture(source: str) -> list[Part]:
     parts = [_part(text.strip(), source) for text in source.split(",")]
     if len({weight is None for _, weight in parts}) == 2:
         without = ", ".join(name for name, weight in parts if weight is None)
-        raise CalibrationError(
-            f"the mixture {source!r} gives no weight to {without}; give one to every part (a:0.7,b:0.3) or to none"
-        )
+        raise CalibrationError(f"the mixture {source!r} gives no weight to {without}; give one to every part (a:0.7,b:0.3) or to none")
     names = [os.path.realpath(os.path.expanduser(name)) for name, _ in parts]
     for (name, _), real in zip(parts, names, strict=True):
         if names.count(real) > 1:

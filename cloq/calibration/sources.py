@@ -34,9 +34,7 @@ def documents(source: str, column: str | None = None, tokenizer=None) -> Iterato
     and whenever it cannot be read.
     """
     if len(parts := parse_mixture(source)) > 1:
-        raise CalibrationError(
-            f"{source!r} is a mixture; here one text is needed: name one of {', '.join(part.source for part in parts)}"
-        )
+        raise CalibrationError(f"{source!r} is a mixture; here one text is needed: name one of {', '.join(part.source for part in parts)}")
     return whole(passages(parts[0].source, column, tokenizer))
 
 
@@ -84,13 +82,7 @@ def _unknown(source: str, path: Path) -> str:
     if _looks_like_path(source) or "/" in source:
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, beside, 1)
-        hint = (
-            f" (did you mean {path.parent / near[0]}?)"
-            if near
-            else ""
-            if path.parent.is_dir()
-            else f", nor a folder {path.parent}"
-        )
+        hint = f" (did you mean {path.parent / near[0]}?)" if near else "" if path.parent.is_dir() else f", nor a folder {path.parent}"
         return f"there is no file or folder {source}{hint}. Give a path that exists, or one of {', '.join(NAMES)}"
     near = difflib.get_close_matches(source.lower(), [*NAMES, *os.listdir()], 1, cutoff=0.5)
     hint = f" (did you mean {near[0]}?)" if near else ""

@@ -89,11 +89,7 @@ def calibration_tokens(
         else:
             text = passages(part.source, spec.column, tokenizer)
             drawn.append(_drawn(text, tokenizer, spec, part.source, weights, index))
-    return (
-        drawn[0]
-        if len(drawn) == 1
-        else CalibrationTokens(*(_shuffled(torch.cat(both), spec.seed) for both in zip(*drawn, strict=True)))
-    )
+    return drawn[0] if len(drawn) == 1 else CalibrationTokens(*(_shuffled(torch.cat(both), spec.seed) for both in zip(*drawn, strict=True)))
 
 
 def draw_sequences(documents: Iterable[str], tokenizer, spec: CalibSpec, source: str | None = None) -> CalibrationTokens:

@@ -27,9 +27,7 @@ def make_tokenizer(begin: bool = False, chat: bool = True, end: bool = True):
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=["<|end|>", "<|begin|>"], initial_alphabet=alphabet, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=["<|end|>", "<|begin|>"], initial_alphabet=alphabet, show_progress=False)
     core.train_from_iterator([TEXT], trainer)
     if begin:
         core.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", 1)])

@@ -67,9 +67,7 @@ def test_any_data_set(mirror):
 
 
 def test_configuration_split_and_column(mirror):
-    header = (
-        "configs:\n- config_name: x\n  data_files:\n  - {split: test, path: test.jsonl}\n- config_name: y\n  data_files: y.jsonl"
-    )
+    header = "configs:\n- config_name: x\n  data_files:\n  - {split: test, path: test.jsonl}\n- config_name: y\n  data_files: y.jsonl"
     mirror("owner/name", [{"a": "1", "b": "2"}], "test.jsonl")
     mirror("owner/name", [{"c": "3"}], "y.jsonl", header)
     assert list(documents("owner/name:x:test", column="b")) == ["2"]

@@ -15,9 +15,7 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    "source", [*NAMES, "org/name", "org/name:config", "org/name:config:test", "texts", "texts/stories.txt", "./texts"]
-)
+@pytest.mark.parametrize("source", [*NAMES, "org/name", "org/name:config", "org/name:config:test", "texts", "texts/stories.txt", "./texts"])
 def test_what_there_is(source):
     check(source)
 

@@ -183,10 +183,7 @@ def test_too_little_text_names_numbers_that_fit(words, samples, seq_len, heldout
     if words == 0:
         assert "'novel.txt' is empty; give other text" in message
         return
-    assert (
-        f"'novel.txt' has {len(ids(text[0]))} tokens, which make {len(ids(text[0])) // seq_len} sequences of {seq_len}, but"
-        in message
-    )
+    assert f"'novel.txt' has {len(ids(text[0]))} tokens, which make {len(ids(text[0])) // seq_len} sequences of {seq_len}, but" in message
     assert f"({samples} samples and {spec.heldout_samples} held out)" in message
     fewer, shorter = re.search(r"--calib-samples (\d+)", message), re.search(r"--seq-len (\d+)", message)
     assert "ive more text" in message and bool(fewer or shorter) == ("What it allows" in message)
@@ -229,9 +226,7 @@ def test_one_source_is_what_draw_sequences_makes_of_it(here):
     assert made("count.txt:0.3").fingerprint() == expected.fingerprint()  # a mixture of one is that one
 
 
-@pytest.mark.parametrize(
-    ("weights", "shares"), [("0.5 0.5", (8, 2)), ("3 1", (12, 3)), ("1 3", (4, 1)), ("0.0625 0.9375", (1, 0))]
-)
+@pytest.mark.parametrize(("weights", "shares"), [("0.5 0.5", (8, 2)), ("3 1", (12, 3)), ("1 3", (4, 1)), ("0.0625 0.9375", (1, 0))])
 def test_mixtures_have_their_shares(here, weights, shares):
     first, second = weights.split()
     result = made(f"count.txt:{first},prose.txt:{second}")
