@@ -134,11 +134,12 @@ def evaluate(
 ) -> list[Quality]:  # fmt: skip
     """Perplexity of a finished run on a text (any calibration source, or a file), added to its report. See `evaluate_tokens`."""
     from cloq.calibration import documents
-    from cloq.evaluate import evaluation_tokens
+    from cloq.evaluate import beginning, evaluation_tokens
     from cloq.models import load_tokenizer
 
-    folder = _base_folder(Path(out))
-    tokens = evaluation_tokens("\n\n".join(documents(text)), load_tokenizer(folder), seq_len, samples)
+    tokenizer = load_tokenizer(_base_folder(Path(out)))
+    enough = samples * seq_len if samples else None
+    tokens = evaluation_tokens(beginning(documents(text, tokenizer=tokenizer), enough), tokenizer, seq_len, samples)
     return evaluate_tokens(out, tokens, text, dense=dense, device=device, progress=progress)
 
 

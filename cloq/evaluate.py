@@ -7,7 +7,7 @@ overlap, every token but a sequence's first predicted, the mean over all predict
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -44,6 +44,17 @@ class Quality:
 
     def to_dict(self) -> dict:
         return asdict(self)
+
+
+def beginning(documents: Iterable[str], tokens: int | None) -> str:
+    """The documents joined by blank lines; where a number of tokens is enough, only as many as surely hold them (a source may be endless)."""
+    parts, characters = [], 0
+    for document in documents:
+        parts.append(document)
+        characters += len(document)
+        if tokens is not None and characters > 32 * tokens:
+            break
+    return "\n\n".join(parts)
 
 
 def evaluation_tokens(text: str, tokenizer, seq_len: int, max_samples: int | None = None) -> Tensor:

@@ -91,10 +91,8 @@ def _solve_block(
     spec: RunSpec, decoder: Decoder, index: int, linears: dict[str, nn.Module], layers: dict[str, LayerSpec],
     calibration: list[Batch], heldout: list[Batch], clock: _Clock, emit: Emit, given: GivenBase | None,
 ) -> dict[str, LayerResult]:  # fmt: skip
-    wanted = {name for name in linears if not layers[name].dense}
-    groups = shared_inputs(lambda: decoder.run_block(index, calibration[0]), linears)
-    groups = [[name for name in group if name in wanted] for group in groups]
-    groups = [group for group in groups if group]
+    wanted = {name: module for name, module in linears.items() if not layers[name].dense}
+    groups = shared_inputs(lambda: decoder.run_block(index, calibration[0]), wanted)
     rounds = [[group] for group in groups] if spec.sequential and spec.propagate != "dense" else [groups]
     results: dict[str, LayerResult] = {}
     for together in rounds:  # one forward per round; later rounds see the layers of earlier ones already quantized

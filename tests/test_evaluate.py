@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cloq.errors import CalibrationError
-from cloq.evaluate import evaluation_tokens, perplexity
+from cloq.evaluate import beginning, evaluation_tokens, perplexity
 from cloq.models import Decoder, load_tokenizer, set_weight
 from tests.tiny import load_plain, save_tiny
 
@@ -44,3 +44,10 @@ def test_text_is_cut_from_its_beginning_without_overlap(tmp_path):
     assert len(evaluation_tokens("abcdefghij" * 5, tokenizer, 16, max_samples=2)) == 2
     with pytest.raises(CalibrationError, match="50 tokens, fewer than one sequence of 64"):
         evaluation_tokens("abcdefghij" * 5, tokenizer, 64)
+
+
+def test_an_endless_source_is_read_only_as_far_as_needed():
+    import itertools
+
+    assert len(beginning(itertools.repeat("a hundred characters" * 5), 10)) < 1000
+    assert beginning(["a", "b"], None) == "a\n\nb"
