@@ -47,7 +47,7 @@ class Quality:
 
 
 def beginning(documents: Iterable[str], tokens: int | None) -> str:
-    """The documents joined by blank lines; where a number of tokens is enough, only as many as surely hold them (a source may be endless)."""
+    """The documents joined by blank lines; where a number of tokens is enough, only what surely holds it (sources may be endless)."""
     parts, characters = [], 0
     for document in documents:
         parts.append(document)

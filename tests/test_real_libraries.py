@@ -1,4 +1,4 @@
-"""What a run writes, opened by the libraries that people will open it with: transformers, gptqmodel, bitsandbytes, compressed-tensors, PEFT.
+"""What a run writes, opened by the libraries that people will use: transformers, gptqmodel, bitsandbytes, compressed-tensors, PEFT.
 
 The reference is a dense model whose weights are the stored layers' `dequantize()`. The real kernels round `scale · (code − zero)` to the
 scale's float16 before they compute, a relative 2^-11 per weight, which is what the tolerance allows.
@@ -82,7 +82,10 @@ def test_gptq_base_and_adapter_are_the_dense_reference(quantized, settings):
 @gptq
 @pytest.mark.parametrize(
     "settings",
-    [{"act_order": True}, {"act_order": True, "static_groups": True}, {"group_size": None}, {"group_size": 64}, {"skip": "v_proj"}, {"only": "*.layers.1.*"}],
+    [
+        {"act_order": True}, {"act_order": True, "static_groups": True}, {"group_size": None}, {"group_size": 64},
+        {"skip": "v_proj"}, {"only": "*.layers.1.*"},
+    ],
     ids=str,
 )  # fmt: skip
 def test_gptq_in_every_layout(quantized, settings):
