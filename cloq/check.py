@@ -1,5 +1,5 @@
-"""`cloq check`: does what lies on disk hold together, and is it what was fitted? Found out from the files alone, without loading the model
-and without the libraries that load it. Every finding says what was looked at; a failed one also says what to do.
+"""`cloq check`: does what lies on disk hold together, and is it what was fitted? Found out from the files alone, without loading
+the model and without the libraries that load it. Every finding says what was looked at; a failed one also says what to do.
 
 A tensor that is missing from a packed base makes `from_pretrained` abort the process, so `cloq.load` asks `check_base` first.
 """
@@ -18,8 +18,9 @@ from cloq import packing
 from cloq.errors import CloqError
 from cloq.export.peft import AdapterFolder
 from cloq.export.read import QuantizedFolder
-from cloq.models import Decoder, is_linear, linear_shape
+from cloq.models import Decoder, is_linear, linear_shape, load_config
 from cloq.models.checkpoint import INDEX, SINGLE
+from cloq.models.skeleton import build_skeleton
 from cloq.store import Store
 from cloq.types import LayerResult, LoraFactors
 
@@ -36,54 +37,66 @@ class Finding:
 
 
 def check(out: str | Path) -> list[Finding]:
-    """Everything about a finished run: its base (also other exports beside it), its adapter, and both against the stored blocks."""
-    out, findings = Path(out), []
+    """Everything about a finished run: its base (also other exports beside it), its adapter, and both against the stored
+    blocks."""
+    out, store = Path(out), Store(out)
     try:
-        adapter, store = AdapterFolder(out / "adapter"), Store(out)
-        base = _base(out, adapter)
-        exports = sorted(path for path in out.glob("model-*") if (path / "config.json").is_file())
-        for folder in (base, *exports):
-            of_folder = check_base(folder)
-            findings += of_folder
-            if all(finding.ok for finding in of_folder):
-                findings += _against_store(store, folder)
-        if all(finding.ok for finding in findings):
-            findings += _check_adapter(adapter, base, store)
+        adapter = AdapterFolder(out / "adapter")
     except CloqError as error:
-        findings.append(Finding(False, str(error)))
-    return findings
+        return [Finding(False, str(error))]
+    base = out / "model" if (out / "model").is_dir() else Path(str(adapter.config.get("base_model_name_or_path")))
+    exports = sorted(path for path in out.glob("model-*") if (path / "config.json").is_file())
+    findings = []
+    for folder in (base, *exports):
+        of_folder = check_base(folder)
+        fine = all(finding.ok for finding in of_folder)
+        findings += of_folder + (_gathered(_against_store(store, folder), folder.name) if fine else [])
+    return findings + _gathered(_check_adapter(adapter, base, store), "adapter")
 
 
-def _base(out: Path, adapter: AdapterFolder) -> Path:
-    return out / "model" if (out / "model").is_dir() else Path(str(adapter.config.get("base_model_name_or_path")))
+def _gathered(findings: Iterator[Finding], about: str) -> list[Finding]:
+    """All of them, up to an error that ends the search and is a failure itself."""
+    found = []
+    try:
+        for finding in findings:
+            found.append(finding)
+    except CloqError as error:
+        found.append(Finding(False, f"{about}: {error}"))
+    return found
 
 
 # -- the base ----------------------------------------------------------------------------------------------------------
 
 
 def check_base(folder: str | Path, trust_remote_code: bool = False) -> list[Finding]:
-    """A model folder: files, configuration, and every tensor's presence, shape, dtype and range. Reads headers, scales and zero points."""
+    """A model folder: files, configuration, and every tensor's presence, shape, dtype and range. Reads headers, scales and zero
+    points."""
     folder = Path(folder)
-    try:
-        source = QuantizedFolder(folder)
-        decoder = source.decoder(trust_remote_code=trust_remote_code)
-        return list(_check_base(folder, source, decoder))
-    except CloqError as error:
-        return [Finding(False, f"{folder.name}: {error}")]
+    return _gathered(_check_base(folder, trust_remote_code), folder.name)
 
 
-def _check_base(folder: Path, source: QuantizedFolder, decoder: Decoder) -> Iterator[Finding]:
+def _check_base(folder: Path, trust_remote_code: bool) -> Iterator[Finding]:
+    source = QuantizedFolder(folder)
+    decoder = source.decoder(trust_remote_code=trust_remote_code)
     name, again = folder.name, "export it again: run the same cloq quantize command, or cloq export"
     headers = _headers(folder)
     yield Finding(True, f"{name}: {len(headers)} tensors, of which the model finds all that it needs, in their shapes")
     used = {file for origin in decoder.source_names.values() for _, file in origin.sources}
     extra = sorted(file for file in headers if file not in used and file not in source.own_tensors())
-    yield _finding(f"{name}: no tensor that nothing asks for", extra, f"not part of the model: another model's files may be mixed in; {again}")
+    yield _finding(
+        f"{name}: no tensor that nothing asks for",
+        extra,
+        f"not part of the model: another model's files may be mixed in; {again}",
+    )
     if source.reader is None:
         return
     expected = source.reader.layers(decoder.model)
     wrong = sorted(expected ^ source.names)
-    yield _finding(f"{name}: the {len(expected)} layers that transformers takes for quantized are the ones with codes", wrong, f"differ; {again}")
+    yield _finding(
+        f"{name}: the {len(expected)} layers that transformers takes for quantized are the ones with codes",
+        wrong,
+        f"differ; {again}",
+    )
     obstacle = source.reader.obstacle(decoder.model, expected)
     yield Finding(not obstacle, f"{name}: {obstacle or 'transformers can build the model around packed layers'}")
     bad = sorted(_wrong_tensors(source, headers))
@@ -132,8 +145,8 @@ def _zero_format(name: str, source: QuantizedFolder) -> Finding:
         return Finding(True, f"{name}: zero points are stored minus one (gptq v1), which a symmetric grid survives")
     return Finding(
         False,
-        f"{name}: an asymmetric grid with zero points stored minus one (gptq v1), where a zero of 0 has no code; a v2 base was probably loaded "
-        "and saved again: export it again with cloq export --format gptq",
+        f"{name}: an asymmetric grid with zero points stored minus one (gptq v1), where a zero of 0 has no code; a v2 base was "
+        "probably loaded and saved again: export it again with cloq export --format gptq",
     )
 
 
@@ -170,15 +183,16 @@ def _symmetric(source: QuantizedFolder, layer: str) -> bool:
 
 def _check_adapter(adapter: AdapterFolder, base: Path, store: Store) -> Iterator[Finding]:
     again = "write it again by running the same cloq quantize command"
-    source = QuantizedFolder(base)
-    linears = {name: linear_shape(module) for name, module in source.decoder().model.named_modules() if is_linear(module)}
+    model = build_skeleton(load_config(base), torch.float32)
+    linears = {name: linear_shape(module) for name, module in model.named_modules() if is_linear(module)}
     yield _belongs(adapter.config.get("base_model_name_or_path"), base)
     yield from _check_settings(adapter.config)
     targets = adapter.targets(linears)
     keys = adapter.expected_keys(targets)
     yield _finding("adapter: factors for every layer that PEFT will put some on", sorted(keys - adapter.keys), f"missing; {again}")
     yield _finding("adapter: no factors that PEFT would leave aside", sorted(adapter.keys - keys), f"not used; {again}")
-    yield _finding("adapter: factors for every quantized layer", sorted(source.names - adapter.names), "without; use the base it was made for")
+    bare = sorted(QuantizedFolder(base).names - adapter.names)
+    yield _finding("adapter: factors for every quantized layer", bare, "without; use the base it was made for")
     if keys <= adapter.keys:
         wrong = sorted(_wrong_factors(adapter, {name: linears[name] for name in targets}))
         yield _finding("adapter: factors in the shapes of their layers, multiplied by 1 (alpha / r), finite", wrong, again)
@@ -191,8 +205,8 @@ def _belongs(stated: str | None, base: Path) -> Finding:
         return Finding(True, f"adapter: belongs to the base in {base}")
     return Finding(
         False,
-        f"adapter: says that it belongs to {stated}, which is not {base.resolve()}: set base_model_name_or_path in adapter_config.json, or "
-        "name the base when loading (cloq.load does)",
+        f"adapter: says that it belongs to {stated}, which is not {base.resolve()}: set base_model_name_or_path in "
+        "adapter_config.json, or name the base when loading (cloq.load does)",
     )
 
 
@@ -202,7 +216,7 @@ def _not_initialized_again(adapter: AdapterFolder, targets: set[str], store: Sto
     if known and store.manifest()["settings"]["lora"]["init"] == "zero":
         return Finding(True, "adapter: B is zero where the run asked for that (--init zero)")
     zero = sorted(name for name in targets if not bool(adapter.read(name).B.any()))
-    remedy = f"have a B of zeros, as after get_peft_model, which initialises again; {again}, and load it with PeftModel.from_pretrained"
+    remedy = f"have a B of zeros, as get_peft_model leaves it; {again}, and load it with PeftModel.from_pretrained"
     return _finding("adapter: not initialised again", zero, remedy)
 
 
@@ -220,11 +234,10 @@ def _equal(one: LoraFactors, other: LoraFactors) -> bool:
 
 
 def _check_settings(config: dict[str, Any]) -> Iterator[Finding]:
-    wanted = {
-        "peft_type": "LORA", "bias": "none", "use_rslora": False, "use_dora": False, "init_lora_weights": True, "lora_bias": False,
-        "modules_to_save": None, "layers_to_transform": None,
-    }  # fmt: skip
+    off = ("use_rslora", "use_dora", "lora_bias", "modules_to_save", "layers_to_transform")
+    wanted = {"peft_type": "LORA", "bias": "none", "init_lora_weights": True}
     wrong = [f"{key} is {config[key]!r}, not {value!r}" for key, value in wanted.items() if config.get(key, value) != value]
+    wrong += [f"{key} is {config[key]!r}" for key in off if config.get(key)]
     yield _finding("adapter: settings that leave the fitted product as it is", wrong, "set them in adapter_config.json")
 
 
@@ -232,7 +245,7 @@ def _wrong_factors(adapter: AdapterFolder, linears: dict[str, tuple[int, int]]) 
     for name, (out, columns) in linears.items():
         factors, (rank, alpha) = adapter.read(name), adapter.rank_and_alpha(name)
         if tuple(factors.A.shape) != (rank, columns) or tuple(factors.B.shape) != (out, rank):
-            yield f"{name} has A {tuple(factors.A.shape)} and B {tuple(factors.B.shape)} for rank {rank} and a layer ({out}, {columns})"
+            yield f"{name} ({out}, {columns}) has A {tuple(factors.A.shape)} and B {tuple(factors.B.shape)} for rank {rank}"
         elif alpha != rank:
             yield f"{name} is multiplied by alpha / r = {alpha} / {rank}"
         elif not bool(torch.isfinite(factors.A).all() and torch.isfinite(factors.B).all()):
@@ -242,15 +255,16 @@ def _wrong_factors(adapter: AdapterFolder, linears: dict[str, tuple[int, int]]) 
 # -- against the stored blocks -----------------------------------------------------------------------------------------
 
 
-def _against_store(store: Store, folder: Path) -> list[Finding]:
+def _against_store(store: Store, folder: Path) -> Iterator[Finding]:
     """A few layers, decoded from the folder's files, equal what was fitted, bit by bit."""
     probes = list(_stored_probes(store))
     if not probes:
-        return [Finding(True, f"{folder.name}: no stored blocks (.cloq) left to compare with")]
+        yield Finding(True, f"{folder.name}: no stored blocks (.cloq) left to compare with")
+        return
     decoder = QuantizedFolder(folder).decoder()
     differing = [name for name, result in probes if not _decodes_to(decoder, name, result)]
     remedy = "decode to something else than was fitted; export it again with cloq export"
-    return [_finding(f"{folder.name}: {len(probes)} layers decode to what was fitted, bit by bit", differing, remedy)]
+    yield _finding(f"{folder.name}: {len(probes)} layers decode to what was fitted, bit by bit", differing, remedy)
 
 
 def _stored_probes(store: Store) -> Iterator[tuple[str, LayerResult]]:

@@ -99,9 +99,7 @@ def finish(
         for name, module in decoder.linears(index).items():
             weight = quantize(name, decoder.weight(name, module))
             if weight is not None:
-                results[name] = LayerResult(
-                    weight, _factors(linear_shape(module), rank if isinstance(rank, int) else rank(name)), _METRICS
-                )
+                results[name] = LayerResult(weight, _factors(linear_shape(module), rank if isinstance(rank, int) else rank(name)), _METRICS)
         store.write(index, _with_ranks(results))
         found |= store.read(index)
     return Finished(decoder, store, found)

@@ -58,8 +58,7 @@ class CompressedTensors:
         for name, layout in contents.layouts.items():
             if layout.kind != "integer":
                 raise ExportError(
-                    f"{name} has a codebook ({layout.bits}-bit nf4), which pack-quantized files cannot hold; use --format nf4 or "
-                    "dense"
+                    f"{name} has a codebook ({layout.bits}-bit nf4), which pack-quantized files cannot hold; use --format nf4 or dense"
                 )
             if name in contents.conv1d:
                 raise ExportError(f"{name} is a Conv1D, which compressed-tensors does not load; use --format gptq or dense")
@@ -88,8 +87,7 @@ class CompressedTensors:
             "format": FORMAT,
             "quantization_status": "compressed",
             "config_groups": {
-                f"group_{i}": _config_group(scheme, ["Linear"] if single else names)
-                for i, (scheme, names) in enumerate(groups.items())
+                f"group_{i}": _config_group(scheme, ["Linear"] if single else names) for i, (scheme, names) in enumerate(groups.items())
             },
             "ignore": list(contents.dense),
         } | ({"dequantize": True} if single else {})

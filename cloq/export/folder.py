@@ -94,7 +94,8 @@ def _check_agreement(model: nn.Module, quantization: dict[str, Any], contents: C
     """The library that will load the folder must look for exactly the layers that are in it: it finds them by rules of its
     own."""
     reader, written = reader_of(quantization), set(contents.layouts)
-    remedy = "use --format compressed-tensors or dense, or leave such layers dense with --skip"
+    other = "dense" if contents.conv1d else "compressed-tensors or dense"
+    remedy = f"use --format {other}, or leave such layers dense with --skip"
     for name in sorted(written ^ reader.layers(model)):
         kind = type(model.get_submodule(name)).__name__
         what = f"takes {name}, a {kind}, for dense" if name in written else f"looks for codes of {name}, a {kind}"

@@ -41,9 +41,7 @@ class Gptq:
     def check(self, contents: Contents) -> None:
         for name, layout in contents.layouts.items():
             if layout.kind != "integer":
-                raise ExportError(
-                    f"{name} has a codebook ({layout.bits}-bit nf4), which GPTQ files cannot hold; use --format nf4 or dense"
-                )
+                raise ExportError(f"{name} has a codebook ({layout.bits}-bit nf4), which GPTQ files cannot hold; use --format nf4 or dense")
             if layout.shape[0] % 32 or layout.shape[1] % 32:
                 raise ExportError(
                     f"{name} is {layout.shape}, and GPTQ packs outputs and inputs in multiples of 32. Leave it dense with "
@@ -53,8 +51,7 @@ class Gptq:
         if len(widths) > 1:
             named = ", ".join(f"{bits} bits in groups of {size or 'a channel'}" for bits, size in sorted(widths, key=str))
             raise ExportError(
-                f"GPTQ files have one width and group size, this run has {named}; use --format compressed-tensors, container or "
-                "dense"
+                f"GPTQ files have one width and group size, this run has {named}; use --format compressed-tensors, container or dense"
             )
 
     def tensors(self, name: str, weight: AnyQuantizedWeight, contents: Contents) -> dict[str, Tensor]:
@@ -143,20 +140,15 @@ class GptqReader:
         bits, group_size = get("bits"), get("group_size", 128)
         form = get("checkpoint_format") or get("format") or "gptq"
         if bits not in BITS or form not in ("gptq", "gptq_v2"):
-            raise ExportError(
-                f"this GPTQ base has {bits} bits in the format {form!r}; read are 2, 3, 4, 8 bits in gptq and gptq_v2"
-            )
+            raise ExportError(f"this GPTQ base has {bits} bits in the format {form!r}; read are 2, 3, 4, 8 bits in gptq and gptq_v2")
         if any(not key.startswith("-:") for key in get("dynamic") or {}):
             raise ExportError(
-                "this GPTQ base sets widths per module (dynamic), which transformers ignores, so PEFT cannot train on it; use "
-                "another base"
+                "this GPTQ base sets widths per module (dynamic), which transformers ignores, so PEFT cannot train on it; use another base"
             )
         modules = get("modules_in_block_to_quantize")
         if modules is not None:
             modules = tuple(name for group in modules for name in ([group] if isinstance(group, str) else group))
-        return cls(
-            bits, None if group_size == -1 else group_size, 2 if form == "gptq_v2" else 1, get("block_name_to_quantize"), modules
-        )
+        return cls(bits, None if group_size == -1 else group_size, 2 if form == "gptq_v2" else 1, get("block_name_to_quantize"), modules)
 
     def layers(self, model: nn.Module) -> set[str]:
         blocks = self.blocks or _usual_blocks(model)
@@ -171,9 +163,7 @@ class GptqReader:
             path, _, leaf = name.rpartition(".")
             parent = model.get_submodule(path)
             if (type(parent), leaf) not in seen and _initialization_needs(model, parent, leaf):
-                return (
-                    f"transformers initialises {type(parent).__name__} through the weight of {name}, and a packed layer has none"
-                )
+                return f"transformers initialises {type(parent).__name__} through the weight of {name}, and a packed layer has none"
             seen.add((type(parent), leaf))
         return None
 

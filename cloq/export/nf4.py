@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from cloq.errors import ExportError
 from cloq.export.format import Contents, StoredLayer, TensorSpec
 from cloq.models import is_conv1d
+from cloq.quantizers.nf4 import CODEBOOK
 from cloq.types import AnyQuantizedWeight, CodebookWeight
 
 _STATE = "weight.quant_state.bitsandbytes__nf4"
@@ -83,13 +84,18 @@ def decode(tensors: dict[str, Tensor]) -> CodebookWeight:
     state = _state(tensors[_STATE])
     packed = tensors["weight"].contiguous().view(torch.uint8).flatten()
     out, columns = state["shape"]
-    codes = torch.stack([packed >> 4, packed & 15], 1).reshape(-1)[: out * columns].reshape(out, columns)
+    codes = torch.stack([packed >> 4, packed & 15], 1).reshape(-1)[: out * columns]
     absmax = tensors["weight.absmax"]
+    if codes.numel() != out * columns or len(absmax) != -(-codes.numel() // state["blocksize"]):
+        raise ExportError(f"weight holds {packed.numel() * 2} codes and {len(absmax)} scales for a layer ({out}, {columns}); it is damaged")
     if "weight.nested_absmax" in tensors:
         block = torch.arange(len(absmax)) // state["nested_blocksize"]
         scale = tensors["weight.nested_absmax"][block]
         absmax = tensors["weight.nested_quant_map"][absmax.long()] * scale + state["nested_offset"]
-    return CodebookWeight(codes, absmax.float(), tensors["weight.quant_map"].float(), state["blocksize"])
+    codebook = torch.tensor(CODEBOOK)  # the library decodes with its own table, whatever the file says
+    if not torch.allclose(tensors["weight.quant_map"].float(), codebook, atol=1e-5):
+        raise ExportError("weight.quant_map is not the NF4 codebook, and bitsandbytes would decode with that; the file is damaged")
+    return CodebookWeight(codes.reshape(out, columns), absmax.float(), codebook, state["blocksize"])
 
 
 def _state(packed: Tensor) -> dict[str, Any]:

@@ -7,9 +7,12 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -19,14 +22,15 @@ from cloq.store import Store, write_atomically, writing
 from cloq.types import LoraFactors
 
 WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
 _PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 
 
-def write_adapter(store: Store, base: str, all_linears: list[str], target: Path) -> Path:
-    """Writes the factors of a finished store.
+def write_adapter(store: Store, base: str, modules: Iterable[str], target: Path) -> Path:
+    """Writes the factors of a finished store, as float32.
 
-    base: what `base_model_name_or_path` says. all_linears: full names of every linear layer in the model, so that short target
-    names can be used where they are not ambiguous. The factors stay float32.
+    base: what `base_model_name_or_path` says. modules: full names of every module of the model that could be taken for a target,
+    at least all linear layers; short target names (`q_proj`) are used where they pick the layers with factors and no other.
     """
     ranks = {name: summary.metrics.rank for name, summary in store.summaries().items()}
     tensors: dict[str, Tensor] = {}
@@ -35,30 +39,30 @@ def write_adapter(store: Store, base: str, all_linears: list[str], target: Path)
             tensors[f"{_PREFIX}{name}{_A}"] = result.factors.A.contiguous()
             tensors[f"{_PREFIX}{name}{_B}"] = result.factors.B.contiguous()
     with writing(target.parent), replaced_when_complete(target) as folder:
-        lora_config(ranks, base, all_linears).save_pretrained(folder)
-        _sort_sets(folder / "adapter_config.json")
+        lora_config(ranks, base, modules).save_pretrained(folder)
+        _sort_sets(folder / CONFIG)
         write_atomically(folder / WEIGHTS, save(tensors, {"format": "pt"}))
     return target
 
 
 def _sort_sets(path: Path) -> None:
-    """PEFT keeps target names in a set, whose order changes from process to process; equal runs should write equal bytes."""
+    """PEFT keeps target names in a set, whose order changes from process to process; equal runs write equal bytes."""
     values = json.loads(path.read_text("utf8"))
     values = {key: sorted(value) if key == "target_modules" else value for key, value in sorted(values.items())}
     write_atomically(path, (json.dumps(values, indent=2) + "\n").encode())
 
 
-def lora_config(ranks: dict[str, int], base: str, all_linears: list[str]):
+def lora_config(ranks: dict[str, int], base: str, modules: Iterable[str]):
     """The `peft.LoraConfig` for factors of the given ranks; the commonest rank is `r`, others stand in `rank_pattern`."""
     from peft import LoraConfig
 
-    values = list(ranks.values())
-    rank = max(set(values), key=values.count)
-    other = {name: r for name, r in ranks.items() if r != rank}
+    counts = Counter(ranks.values())
+    rank = max(counts, key=lambda r: (counts[r], r))
+    other = {re.escape(name): r for name, r in ranks.items() if r != rank}  # PEFT reads the keys as patterns
     return LoraConfig(
         r=rank,
         lora_alpha=rank,
-        target_modules=sorted(_targets(ranks, all_linears)),
+        target_modules=sorted(_targets(ranks, modules)),
         rank_pattern=other,
         alpha_pattern=dict(other),
         lora_dropout=0.0,
@@ -72,26 +76,57 @@ def lora_config(ranks: dict[str, int], base: str, all_linears: list[str]):
     )
 
 
-def _targets(ranks: dict[str, int], all_linears: list[str]) -> set[str]:
+def _targets(ranks: dict[str, int], modules: Iterable[str]) -> set[str]:
     """Last parts of the names (`q_proj`) where they pick exactly the layers with factors, else full names."""
     short = {name.rsplit(".", 1)[-1] for name in ranks}
-    picked = {name for name in all_linears if name.rsplit(".", 1)[-1] in short}
-    return short if picked == set(ranks) else set(ranks)
+    picked = {name for name in modules if name.rsplit(".", 1)[-1] in short}
+    return short if picked <= set(ranks) else set(ranks)
 
 
 class AdapterFolder:
-    """The factors in a PEFT folder, read layer by layer. names: full names of the layers that have them.
+    """The factors in a PEFT folder, read layer by layer. config: adapter_config.json. names: full names of the layers with
+    factors.
 
-    Raises `ExportError` if the folder holds no adapter.
+    Raises `ExportError` if the folder holds no adapter, or a damaged one.
     """
 
-    def __init__(self, folder: Path):
-        if not (folder / WEIGHTS).is_file():
-            raise ExportError(f"{folder} has no {WEIGHTS}; is it the adapter of a finished run?")
-        self._file = safe_open(folder / WEIGHTS, framework="pt")
-        self.names = frozenset(key.removeprefix(_PREFIX).removesuffix(_A) for key in self._file.keys() if key.endswith(_A))
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        try:
+            self.config = json.loads((self.folder / CONFIG).read_text("utf8"))
+            self._file = safe_open(self.folder / WEIGHTS, framework="pt")
+            self.keys = frozenset(self._file.keys())
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ExportError(
+                f"{self.folder} holds no readable adapter, which is {CONFIG} and {WEIGHTS} ({error}); is it the adapter of a finished run?"
+            ) from error
+        self.names = frozenset(key.removeprefix(_PREFIX).removesuffix(_A) for key in self.keys if key.endswith(_A))
 
     def read(self, name: str) -> LoraFactors:
-        """The factors of one layer, float32."""
-        A, B = (self._file.get_tensor(f"{_PREFIX}{name}{suffix}").float() for suffix in (_A, _B))
-        return LoraFactors(A, B)
+        """The factors of one layer, float32. Raises `ExportError` if one of the two is missing."""
+        return LoraFactors(*(self._tensor(f"{_PREFIX}{name}{suffix}").float() for suffix in (_A, _B)))
+
+    def _tensor(self, key: str) -> Tensor:
+        if key not in self.keys:
+            raise ExportError(f"{self.folder / WEIGHTS} lacks {key}; write the adapter again by running the same cloq quantize command")
+        return self._file.get_tensor(key)
+
+    def expected_keys(self, names: Iterable[str]) -> set[str]:
+        """Names of all tensors of an adapter on these layers."""
+        return {f"{_PREFIX}{name}{suffix}" for name in names for suffix in (_A, _B)}
+
+    def targets(self, modules: Iterable[str]) -> set[str]:
+        """Those of the modules that PEFT puts factors on."""
+        wanted = self.config.get("target_modules") or []
+        if isinstance(wanted, str):
+            return {name for name in modules if re.fullmatch(wanted, name)}
+        return {name for name in modules if any(name == target or name.endswith(f".{target}") for target in wanted)}
+
+    def rank_and_alpha(self, name: str) -> tuple[int, float]:
+        """What PEFT uses for a layer: the first pattern that fits the end of its name, else `r` and `lora_alpha`."""
+
+        def pick(patterns: dict | None, default):
+            return next((v for k, v in (patterns or {}).items() if re.match(rf"(.*\.)?({k})$", name)), default)
+
+        config = self.config
+        return pick(config.get("rank_pattern"), config.get("r")), pick(config.get("alpha_pattern"), config.get("lora_alpha"))

@@ -104,9 +104,14 @@ class QuantizedFolder:
         turned = {name for name in self._layers if any(name == other or other.endswith("." + name) for other in conv1d)}
         return _DecodedTensors(self, frozenset(turned))
 
-    def _own(self) -> dict[str, str]:
-        """Names of the tensors that belong to quantized layers → the layer."""
-        return {f"{layer.name}.{suffix}": layer.name for layer in self._layers.values() for suffix in layer.suffixes}
+    def own_tensors(self) -> set[str]:
+        """Names of the tensors that quantized layers are made of; not their biases."""
+        return {f"{layer.name}.{suffix}" for layer in self._layers.values() for suffix in layer.suffixes}
+
+    def small_tensors(self, name: str) -> dict[str, Tensor]:
+        """A layer's tensors but for the codes, by suffix: scales, zero points and the like."""
+        layer = self._layer(name)
+        return {suffix: layer.read(suffix) for suffix in layer.suffixes - _CODES}
 
 
 class _DecodedTensors:
@@ -115,7 +120,7 @@ class _DecodedTensors:
     def __init__(self, folder: QuantizedFolder, turned: frozenset[str]):
         self._folder, self._turned = folder, turned
         self._decoded = {f"{name}.weight": name for name in sorted(folder.names)}
-        own = folder._own()
+        own = folder.own_tensors()
         self._plain = [name for name in folder.checkpoint.names if name not in own]
 
     @property
@@ -138,7 +143,8 @@ class _DecodedTensors:
         return self._folder.fingerprint()
 
 
-_FAMILY = frozenset({"qweight", "qzeros", "scales", "g_idx"})
+_CODES = frozenset({"qweight", "weight", "weight_packed"})
+_GPTQ = frozenset({"qweight", "qzeros", "scales", "g_idx"})
 
 
 def _stored_layers(checkpoint: Checkpoint, marker: str) -> dict[str, StoredLayer]:
@@ -146,7 +152,7 @@ def _stored_layers(checkpoint: Checkpoint, marker: str) -> dict[str, StoredLayer
     found: dict[str, set[str]] = {name[: -len(marker) - 1]: set() for name in checkpoint.names if name.endswith(f".{marker}")}
     for name in checkpoint.names:
         for suffix in _suffixes(name):
-            if name[: -len(suffix) - 1] in found and (suffix in _FAMILY or suffix.startswith("weight")):
+            if name[: -len(suffix) - 1] in found and (suffix in _GPTQ or suffix.startswith("weight")):
                 found[name[: -len(suffix) - 1]].add(suffix)
     return {name: StoredLayer(name, checkpoint, frozenset(suffixes)) for name, suffixes in found.items()}
 
