@@ -54,9 +54,7 @@ def gptq(shape: Shape) -> Work:
 def magr(shape: Shape) -> Work:
     out, columns = shape
     steps = Magr.iterations
-    return Work(
-        products=2.0 * out * columns**2 * (steps + 1), streamed=float(_PROX_BYTES) * out * columns * steps, calls=100.0 * steps
-    )
+    return Work(products=2.0 * out * columns**2 * (steps + 1), streamed=float(_PROX_BYTES) * out * columns * steps, calls=100.0 * steps)
 
 
 def fit(shape: Shape, init: str, rank: int) -> Work:

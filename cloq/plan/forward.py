@@ -122,9 +122,7 @@ def _recorded(block: nn.Module, key: tuple, linears: list[str], counter: _Counte
                     return
             inputs.append((same, [name], counter.work))
 
-        hooks = [
-            block.get_submodule(name).register_forward_pre_hook(lambda m, a, name=name: reached(m, a, name)) for name in linears
-        ]
+        hooks = [block.get_submodule(name).register_forward_pre_hook(lambda m, a, name=name: reached(m, a, name)) for name in linears]
         counter.work, counter.largest = Work(), 0
         output = original(*args, **kwargs)
         for hook in hooks:
