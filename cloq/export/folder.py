@@ -112,7 +112,7 @@ def _all_tensors(decoder: Decoder, store: Store, form: Format, contents: Content
         if name in replaced:
             continue
         if origin.converter is None:
-            yield name, _converted(decoder.read(name), form, name)
+            yield _kept_name(name, origin.sources[0][1]), _converted(decoder.read(name), form, name)
             continue
         for _, source in origin.sources:  # stored in pieces, such as experts: they stay in pieces, under their own names
             if source not in written:
@@ -122,6 +122,11 @@ def _all_tensors(decoder: Decoder, store: Store, form: Format, contents: Content
         for name, result in store.read(index).items():
             for suffix, tensor in form.tensors(name, result.weight, contents).items():
                 yield f"{name}.{suffix}", tensor
+
+
+def _kept_name(name: str, source: str) -> str:
+    """A tensor that the model calls something else keeps its name in the files; one that only lacked the model's prefix gets it."""
+    return name if name.endswith(source) or source.endswith(name) else source
 
 
 def _converted(tensor: Tensor, form: Format, name: str) -> Tensor:
