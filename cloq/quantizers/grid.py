@@ -57,6 +57,7 @@ def fit(values: Tensor, bits: int, symmetric: bool, search: bool) -> tuple[Tenso
     else:
         scale = (high - low) / levels
         zero = None
+    scale = torch.where((scale == 0) & (high > low), SMALLEST_SCALE, scale)  # a range so small that the division underflowed
     shrinks = [1.0] if not search else [1.0 - 0.05 * step for step in range(13)]
     best = None
     for shrink in shrinks:
