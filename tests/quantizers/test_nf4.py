@@ -23,6 +23,7 @@ WEIGHTS = {
     "zeros in a short last block": lambda: torch.cat([torch.ones(1, 64), torch.zeros(1, 64)]).flatten()[:96].reshape(3, 32),
     "ties": lambda: torch.cat([torch.ones(15, 1), midpoints().repeat(15, 4), torch.zeros(15, 3)], dim=1),
     "scaled ties": lambda: 0.37 * torch.cat([torch.ones(15, 1), midpoints().repeat(15, 4), torch.zeros(15, 3)], dim=1),
+    "scaled ties in short blocks": lambda: 0.37 * torch.cat([torch.ones(1, 1), midpoints()[None]], dim=1),
     "above ties": lambda: torch.nextafter(midpoints(), torch.ones(15)).repeat(64).reshape(15, 64),
     "below ties": lambda: torch.nextafter(midpoints(), -torch.ones(15)).repeat(64).reshape(15, 64),
     "codebook values": lambda: (torch.tensor(CODEBOOK).repeat(16) * 0.37).reshape(8, 32),
