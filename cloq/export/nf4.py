@@ -11,6 +11,9 @@ Per linear layer (out, in), in blocks of `blocksize` values of the flattened row
 Double quantization, which this project reads but does not write, keeps absmax itself as codes: uint8 `weight.absmax` with
 `weight.nested_absmax`, `weight.nested_quant_map`, and nested_blocksize and nested_offset in the JSON:
 absmax = nested_quant_map[absmax] · nested_absmax[block // nested_blocksize] + nested_offset.
+
+On a CPU, bitsandbytes 0.50 gives wrong weights for most layers whose inputs are no multiple of the block (it disagrees with its own
+quantization there, and with its GPU kernels); so such layers are not written.
 """
 
 from __future__ import annotations
@@ -46,9 +49,10 @@ class Nf4:
                     f"{name} is on an integer grid of {layout.bits} bits, whose levels NF4's codebook does not have; "
                     "use --format gptq, compressed-tensors or container, or quantize with --quantizer nf4 --bits 4"
                 )
-            if layout.shape[0] * layout.shape[1] % 2:
+            if layout.shape[1] % layout.group_size:
                 raise ExportError(
-                    f"{name} {layout.shape} has an odd number of weights, and NF4 stores two a byte; leave it dense with --skip"
+                    f"{name} has {layout.shape[1]} inputs, so that blocks of {layout.group_size} straddle rows, which bitsandbytes "
+                    f"decodes wrongly on a CPU; leave it dense with --skip {name.rsplit('.', 1)[-1]}, or use --format dense"
                 )
 
     def tensors(self, name: str, weight: AnyQuantizedWeight, contents: Contents) -> dict[str, Tensor]:
