@@ -48,7 +48,7 @@ def test_a_run_as_it_was_written_is_in_order(made):
 
 @pytest.mark.parametrize("form", ["container", "compressed-tensors", "dense", "nf4"])
 def test_every_format_is_in_order_as_the_base_and_beside_it(tmp_path, form):
-    run = finish("llama", tmp_path, lambda name, weight: Nf4().quantize(weight) if form == "nf4" else rtn(name, weight))
+    run = finish("llama", tmp_path, lambda n, w: Nf4().quantize(w) if form == "nf4" else rtn(n, w), intermediate_size=128)
     run.adapter(run.export(form))
     if form != "nf4":
         run.export("gptq")

@@ -39,7 +39,7 @@ CASES = [
 
 @pytest.mark.parametrize(("family", "form", "quantize"), CASES, ids=[f"{family}-{form}-{i}" for i, (family, form, _) in enumerate(CASES)])
 def test_an_exported_folder_streams_as_the_dense_reference(tmp_path, family, form, quantize):
-    run = finish(family, tmp_path, quantize)
+    run = finish(family, tmp_path, quantize, **({"intermediate_size": 128} if (family, form) == ("llama", "nf4") else {}))
     source = QuantizedFolder(run.export(form))
     assert source.names == frozenset(run.results)
     for name, result in run.results.items():
@@ -137,7 +137,7 @@ def test_damaged_layers_are_refused(tmp_path, form, damage, message):
     ],
 )
 def test_damaged_nf4_layers_are_refused(tmp_path, damage, message):
-    folder = finish("llama", tmp_path, lambda name, weight: Nf4().quantize(weight)).export("nf4")
+    folder = finish("llama", tmp_path, lambda name, weight: Nf4().quantize(weight), intermediate_size=128).export("nf4")
     edit_tensors(folder / "model.safetensors", damage)
     with pytest.raises(ExportError, match=re.escape(message)):
         QuantizedFolder(folder).weight(LAYER)

@@ -82,6 +82,29 @@ def test_biases_and_other_families_load(tmp_path):
         assert torch.allclose(logits(model), expected, atol=1e-3 * float(expected.abs().max())), family
 
 
+@gptqmodel
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [{"bits": 4, "sym": True}, {"bits": 2, "sym": False, "format": "gptq_v2"}, {"bits": 4, "desc_act": True, "act_group_aware": False}],
+    ids=str,
+)
+def test_a_folder_that_gptqmodel_quantized(tmp_path, monkeypatch, settings):
+    """Its own v1, v2 and activation order, against its own kernel, which multiplies in float16."""
+    monkeypatch.setenv("GPTQMODEL_CPU_WORKERS", "2")  # it fails on two cores or fewer without
+    from gptqmodel import GPTQModel, QuantizeConfig
+
+    dense = save_tiny("llama", tmp_path / "dense", num_hidden_layers=2, dtype=torch.float16)
+    rows = torch.randint(1, 250, (16, 1, 64), generator=torch.Generator().manual_seed(0))
+    model = GPTQModel.load(str(dense), QuantizeConfig(group_size=32, **settings))
+    model.quantize([{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows])
+    model.save(str(tmp_path / "quantized"))
+    source, theirs = QuantizedFolder(tmp_path / "quantized"), load_plain(tmp_path / "quantized")
+    assert len(source.names) == 14 and source.reader.version == (2 if settings.get("format") == "gptq_v2" else 1)
+    for name in source.names:
+        assert torch.equal(theirs.get_submodule(name).dequantize_weight().T.float(), source.weight(name).dequantize().half().float()), name
+
+
 # -- bitsandbytes ------------------------------------------------------------------------------------------------------
 
 
@@ -112,7 +135,7 @@ def test_a_folder_that_transformers_quantized_with_bitsandbytes(tmp_path, double
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double)
-    dense = save_tiny("llama", tmp_path / "dense", num_hidden_layers=2, dtype=torch.bfloat16)
+    dense = save_tiny("llama", tmp_path / "dense", num_hidden_layers=2, intermediate_size=128, dtype=torch.bfloat16)
     model = AutoModelForCausalLM.from_pretrained(dense, quantization_config=settings, dtype=torch.float32)
     model.save_pretrained(tmp_path / "quantized")
     source = QuantizedFolder(tmp_path / "quantized")
@@ -127,8 +150,10 @@ def test_a_folder_that_transformers_quantized_with_bitsandbytes(tmp_path, double
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_nf4_is_exact_while_training(tmp_path, family):
     """In evaluation a CPU with AVX512-BF16 computes in bfloat16. GPT-2's layers are turned, and some are square."""
-    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if family == "gpt2" else {}
-    run = finish(family, tmp_path, lambda name, weight: Nf4().quantize(weight), **no_dropout)
+    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    run = finish(
+        family, tmp_path, lambda name, weight: Nf4().quantize(weight), **(no_dropout if family == "gpt2" else {"intermediate_size": 128})
+    )
     model = load_plain(run.export("nf4")).train()
     assert torch.allclose(logits(model), logits(run.reference()), atol=1e-4)
 
