@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -166,7 +167,9 @@ def _weight_to_tensors(weight: AnyQuantizedWeight) -> dict[str, Tensor]:
     codes = packing.pack(weight.codes, weight.bits)
     if isinstance(weight, CodebookWeight):
         return {"codes": codes, "scale": weight.scale, "codebook": weight.codebook}
-    return {"codes": codes, "scale": weight.scale.half(), "zero": weight.zero, "group_index": weight.group_index.int()}
+    half = weight.scale.half()  # exact for cloq's own grids; a given base may have scales that float16 cannot hold
+    scale = half if torch.equal(half.float(), weight.scale) else weight.scale
+    return {"codes": codes, "scale": scale, "zero": weight.zero, "group_index": weight.group_index.int()}
 
 
 def _result_from_tensors(file, name: str, described: dict) -> LayerResult:

@@ -1,5 +1,6 @@
 """The store: what goes in comes out, nothing is half-written, and only a run with the same settings continues it."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -28,6 +29,8 @@ def weights():
     yield from (Rtn(bits, group).quantize(dense) for bits in (2, 3, 4, 8) for group in (32, 64, None))
     yield Gptq(2, 32, act_order=True).quantize(dense, stats)
     yield Gptq(3, None, symmetric=True).quantize(dense, stats)
+    own = Rtn(4, 32).quantize(dense)
+    yield dataclasses.replace(own, scale=own.scale * 1.0001)  # someone else's float32 scales, which float16 cannot hold
     yield CodebookWeight(torch.randint(0, 16, (48, 80), dtype=torch.uint8), torch.rand(60), torch.linspace(-1, 1, 16), 64)
 
 

@@ -92,6 +92,7 @@ def test_biases_and_other_families_load(tmp_path):
 def test_a_folder_that_gptqmodel_quantized(tmp_path, monkeypatch, settings):
     """Its own v1, v2 and activation order, against its own kernel, which multiplies in float16."""
     monkeypatch.setenv("GPTQMODEL_CPU_WORKERS", "2")  # it fails on two cores or fewer without
+    monkeypatch.chdir(tmp_path)  # it writes its logs where it stands
     from gptqmodel import GPTQModel, QuantizeConfig
 
     dense = save_tiny("llama", tmp_path / "dense", num_hidden_layers=2, dtype=torch.float16)
