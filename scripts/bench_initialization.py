@@ -136,16 +136,22 @@ def statistics(decoder: Decoder, index: int, variant: Variant, linears: dict, na
 
 def solve(variant: Variant, name: str, weight: torch.Tensor, stats, unseen, bases: dict) -> torch.Tensor:
     quantizer = quantizers.from_spec(variant.quant)
-    key = (variant.quant, name)
 
     def quantize(w):
         if w.data_ptr() != weight.data_ptr():  # not the weight itself, which an initializer may have detached
             return quantizer.quantize(w, stats)
-        if key not in bases:
-            began = time.perf_counter()
-            bases[key] = quantizer.quantize(w, stats), time.perf_counter() - began
-        else:
+        if not isinstance(quantizer, quantizers.Magr):
+            return once((variant.quant, name), lambda: quantizer.quantize(w, stats))
+        reduced = once((variant.quant.replace(bits=8), name), lambda: quantizer.reduce(w, stats))  # the same at every width
+        return once((variant.quant, name), lambda: quantizer.then.quantize(reduced, stats))
+
+    def once(key, compute):
+        """What variants share is computed by the first of them; the others are charged its time."""
+        if key in bases:
             variant.seconds += bases[key][1]
+        else:
+            began = time.perf_counter()
+            bases[key] = compute(), time.perf_counter() - began
         return bases[key][0]
 
     began = time.perf_counter()
