@@ -1,4 +1,4 @@
-"""cloq against GPTQModel's own quantization: same model, bits, group size and calibration tokens, each in a process of its own.
+"""cloq against GPTQModel's own quantization and EoRA adapter: same model, bits, group size and tokens, each in a process of its own.
 
     python scripts/bench_gptqmodel.py MODEL --calib train.txt --eval test.txt --bits 2
 
@@ -17,9 +17,21 @@ import tempfile
 import time
 from pathlib import Path
 
+TOOLS = {
+    "gptqmodel": {"adapter": False},
+    "gptqmodel+eora": {"adapter": True},
+    "cloq, base alone": {"init": "zero", "propagate": "quantized"},
+    "cloq, base alone, range": {"init": "zero", "propagate": "quantized", "search": False},
+    "cloq": {},
+    "cloq, range": {"search": False},
+}
+"""What is run: GPTQModel without and with its own EoRA adapter, cloq for a base alone and as it is meant, with scales from the range
+(as GPTQModel has them) or searched (cloq's default)."""
 
-def quantize_with_gptqmodel(args: argparse.Namespace, out: Path) -> None:
+
+def quantize_with_gptqmodel(args: argparse.Namespace, out: Path, adapter: bool) -> None:
     from gptqmodel import GPTQModel, QuantizeConfig
+    from gptqmodel.adapter.adapter import Lora
 
     from cloq.calibration import calibration_tokens
     from cloq.models import load_tokenizer
@@ -28,19 +40,19 @@ def quantize_with_gptqmodel(args: argparse.Namespace, out: Path) -> None:
     spec = CalibSpec(args.calib, args.samples, args.seq_len)
     tokens = calibration_tokens(spec, load_tokenizer(Path(args.model))).calibration
     rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in tokens]
-    config = QuantizeConfig(bits=args.bits, group_size=args.group_size, sym=False, desc_act=False, format="gptq_v2")
+    eora = {"adapter": Lora(path=str(out / "adapter"), rank=args.rank)} if adapter else {}
+    config = QuantizeConfig(bits=args.bits, group_size=args.group_size, sym=False, desc_act=False, format="gptq_v2", **eora)
     model = GPTQModel.load(args.model, config)
     model.quantize(rows, batch_size=1)
-    model.save(str(out))
+    model.save(str(out / "model"))
 
 
-def quantize_with_cloq(args: argparse.Namespace, out: Path) -> None:
+def quantize_with_cloq(args: argparse.Namespace, out: Path, **settings) -> None:
     import cloq
 
-    search = args.child == "cloq"
     cloq.quantize(
-        args.model, out=out, bits=args.bits, group_size=args.group_size, calib=args.calib, calib_samples=args.samples, seq_len=args.seq_len,
-        heldout=0.0, search=search,
+        args.model, out=out, bits=args.bits, group_size=args.group_size, rank=args.rank, calib=args.calib, calib_samples=args.samples,
+        seq_len=args.seq_len, heldout=0.0, **settings,
     )  # fmt: skip
 
 
@@ -64,15 +76,18 @@ def main() -> None:
     parser.add_argument("--eval", required=True)
     parser.add_argument("--bits", type=int, default=2)
     parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--tools", nargs="+", choices=list(TOOLS), default=list(TOOLS))
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--eval-samples", type=int, default=16)
     parser.add_argument("--json", help="also write the rows here")
-    parser.add_argument("--child", choices=("gptqmodel", "cloq", "cloq-minmax"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=list(TOOLS), help=argparse.SUPPRESS)
     parser.add_argument("--out", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        (quantize_with_gptqmodel if args.child == "gptqmodel" else quantize_with_cloq)(args, Path(args.out))
+        work = quantize_with_gptqmodel if args.child.startswith("gptqmodel") else quantize_with_cloq
+        work(args, Path(args.out), **TOOLS[args.child])
         return
 
     from cloq.evaluate import evaluation_tokens, perplexity
@@ -83,17 +98,19 @@ def main() -> None:
     tokens = evaluation_tokens(Path(args.eval).read_text("utf8"), load_tokenizer(Path(args.model)), 1024, args.eval_samples)
     rows = []
     with tempfile.TemporaryDirectory() as work:
-        for name in ("gptqmodel", "cloq-minmax", "cloq"):
-            out = Path(work) / name
+        for number, name in enumerate(args.tools):
+            out = Path(work) / str(number)
             seconds, peak = in_child(name, out)
-            decoder = QuantizedFolder(out if name == "gptqmodel" else out / "model").decoder("cpu")
+            decoder = QuantizedFolder(out / "model").decoder("cpu")
             row = {"tool": name, "base perplexity": perplexity(decoder, tokens).value, "seconds": seconds, "peak MiB": peak}
-            if name != "gptqmodel":
-                factors = AdapterFolder(out / "adapter")
+            adapter = next(iter([*out.rglob("adapter_config.json")]), None)
+            if adapter is not None and "base alone" not in name:
+                factors = AdapterFolder(adapter.parent)
 
                 def add(index: int, linears: dict, decoder=decoder, factors=factors) -> None:
                     for layer, module in linears.items():
-                        set_weight(module, decoder.weight(layer, module) + factors.read(layer).delta())
+                        rank, alpha = factors.rank_and_alpha(layer)
+                        set_weight(module, decoder.weight(layer, module) + factors.read(layer).delta() * (alpha / rank))
 
                 row["with adapter"] = perplexity(decoder, tokens, set_weights=add).value
             rows.append(row)
