@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 from cloq import packing
@@ -69,7 +69,7 @@ class Store:
             with writing(self.out):
                 self.blocks.mkdir(parents=True, exist_ok=True)
                 write_atomically(path, json.dumps(manifest, indent=1, sort_keys=True).encode())
-        for leftover in self.blocks.glob(".*.tmp"):  # of a run that was killed while it wrote
+        for leftover in self.blocks.glob(".*tmp*"):  # ours and the library's, of a run that was killed while it wrote
             leftover.unlink(missing_ok=True)
         return self.finished()
 
@@ -129,7 +129,7 @@ class Store:
             tensors |= {f"{name}/{key}": value.cpu().contiguous() for key, value in parts.items()}
             header[name] = {"weight": dataclasses.asdict(layout(result.weight)), "metrics": dataclasses.asdict(result.metrics)}
         with writing(self.out):
-            write_atomically(self._path(index), save(tensors, {"layers": json.dumps(header)}))
+            write_tensors(self._path(index), tensors, {"layers": json.dumps(header)})
 
     def read(self, index: int) -> dict[str, LayerResult]:
         """One stored block, on the CPU. Raises `RunError` if its file is damaged."""
@@ -207,11 +207,26 @@ def _short(value: Any) -> str:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """The whole content under that name or nothing: a temporary file beside it, flushed to disk, then renamed."""
+    with _appearing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file, as atomically, without a second copy of the tensors in memory."""
+    with _appearing(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata)
+        except SafetensorError as error:  # which is how the library reports a full disk
+            raise OSError(str(error).removeprefix("Error while serializing: ")) from error
+
+
+@contextlib.contextmanager
+def _appearing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its name once it is whole and on the disk, and vanishes if that fails."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
+        yield temporary
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:

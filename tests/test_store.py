@@ -111,17 +111,20 @@ def test_a_second_run_on_the_same_folder_is_refused(tmp_path):
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_a_full_disk_leaves_the_old_content_and_no_leftover(tmp_path):
+@pytest.mark.parametrize("write", ["write_atomically(path, b'x' * 100_000)", "write_tensors(path, {'x': torch.ones(100_000)}, {})"])
+def test_a_full_disk_leaves_the_old_content_and_no_leftover(tmp_path, write):
     """A file size limit makes the write itself fail half-way, as a full disk does."""
     code = f"""
 import resource
+import torch
 from pathlib import Path
 from cloq.errors import RunError
-from cloq.store import write_atomically, writing
+from cloq.store import write_atomically, write_tensors, writing
+path = Path({str(tmp_path)!r}) / "block"
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:
-    with writing(Path({str(tmp_path)!r})):
-        write_atomically(Path({str(tmp_path)!r}) / "block", b"x" * 100_000)
+    with writing(path.parent):
+        {write}
 except RunError as error:
     print(error)
 """
@@ -145,7 +148,8 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
 def test_leftovers_of_a_killed_run_are_removed(tmp_path):
     store = Store(tmp_path)
     store.begin(MANIFEST)
-    (tmp_path / ".cloq/blocks/.00000.safetensors.123.tmp").write_bytes(b"half")
+    for name in (".00000.safetensors.123.tmp", ".tmpJvT7wN"):
+        (tmp_path / ".cloq/blocks" / name).write_bytes(b"half")
     assert store.begin(MANIFEST) == 0
     assert list((tmp_path / ".cloq/blocks").iterdir()) == []
 

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from cloq.errors import ExportError
@@ -22,7 +21,7 @@ from cloq.export.dense import DTYPES, narrowed
 from cloq.export.format import Contents, Format
 from cloq.export.read import read_config, reader_of
 from cloq.models import Decoder, is_conv1d
-from cloq.store import Store, write_atomically, writing
+from cloq.store import Store, write_atomically, write_tensors, writing
 from cloq.types import WeightLayout
 
 SHARD_BYTES = 1 << 30
@@ -140,7 +139,7 @@ def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> None:
 
     def flush() -> None:
         nonlocal pending, size
-        write_atomically(folder / f"shard-{len(shards)}", save(pending, {"format": "pt"}))
+        write_tensors(folder / f"shard-{len(shards)}", pending, {"format": "pt"})
         shards.append(list(pending))
         pending, size = {}, 0
 

@@ -13,12 +13,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from cloq.errors import ExportError
 from cloq.export.folder import replaced_when_complete
-from cloq.store import Store, write_atomically, writing
+from cloq.store import Store, write_atomically, write_tensors, writing
 from cloq.types import LoraFactors
 
 WEIGHTS = "adapter_model.safetensors"
@@ -41,7 +40,7 @@ def write_adapter(store: Store, base: str, modules: Iterable[str], target: Path)
     with writing(target.parent), replaced_when_complete(target) as folder:
         lora_config(ranks, base, modules).save_pretrained(folder)
         _sort_sets(folder / CONFIG)
-        write_atomically(folder / WEIGHTS, save(tensors, {"format": "pt"}))
+        write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     return target
 
 

@@ -139,6 +139,9 @@ class _DecodedTensors:
         value = self._folder.weight(self._decoded[name]).dequantize()
         return value.T.contiguous() if self._decoded[name] in self._turned else value
 
+    def release(self) -> None:
+        self._folder.checkpoint.release()
+
     def fingerprint(self) -> str:
         return self._folder.fingerprint()
 

@@ -35,6 +35,8 @@ class TensorSource(Protocol):
 
     def read(self, name: str) -> Tensor: ...
 
+    def release(self) -> None: ...
+
     def fingerprint(self) -> str: ...
 
 
@@ -105,6 +107,11 @@ class Checkpoint:
             return holder.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{name} cannot be read from {self._files[name]} ({error})") from error
+
+    def release(self) -> None:
+        """Closes the files; they are opened again when something is read. Until then what was read stays mapped into memory, and
+        would add up to the whole checkpoint in the course of a run."""
+        self._open.clear()
 
     def fingerprint(self) -> str:
         """SHA-256 over every shard's header and size and a sample of its bytes: another checkpoint is noticed without reading

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from cloq.errors import ModelError
 from cloq.models import linears as kinds
 from cloq.models.checkpoint import Checkpoint, TensorSource, check_finite
+from cloq.models.heap import trim_heap
 from cloq.models.origins import find_origins
 from cloq.models.probe import returned_values
 from cloq.models.skeleton import build_skeleton, find_blocks, load_config
@@ -173,6 +174,8 @@ class Decoder:
         """Frees the block's weights."""
         for module in self.blocks[index].modules():
             _empty(module)
+        self.checkpoint.release()
+        trim_heap()
 
     @contextlib.contextmanager
     def outer(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -176,3 +177,18 @@ def test_every_bad_value_is_found_and_counted(dtype, size, bad):
 def test_extra_tensors_are_left_alone(tmp_path):
     rewrite(save_tiny("llama", tmp_path), lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)}))
     assert "rotary_emb" not in " ".join(Decoder(tmp_path).source_names)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mapped files")
+def test_a_dropped_block_leaves_no_file_mapped(tmp_path):
+    """What was read stays mapped as long as the file is open: over a run that would be the whole checkpoint."""
+    decoder = Decoder(save_tiny("llama", tmp_path))
+
+    def mapped() -> bool:
+        return str(tmp_path / "model.safetensors") in Path("/proc/self/maps").read_text()
+
+    first = decoder.load_block(0).self_attn.q_proj.weight.clone()
+    assert mapped()
+    decoder.drop_block(0)
+    assert not mapped()
+    assert torch.equal(decoder.load_block(0).self_attn.q_proj.weight, first)
