@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cloq.errors import ExportError, MissingLibrary
+
+if TYPE_CHECKING:
+    from cloq.export.peft import AdapterFolder
 
 _NEEDS = {
     "gptq": (("gptqmodel", "optimum"), "gptq"),
@@ -36,7 +39,7 @@ def load(out: str | Path, trainable: bool = False, *, base: str | Path | None = 
     from cloq.export.read import read_config
 
     adapter = AdapterFolder(adapter or Path(out) / "adapter")
-    base = Path(base) if base else _base(Path(out), adapter)
+    base = Path(base) if base else base_folder(Path(out), adapter)
     config = read_config(base)
     quantization = config.get("quantization_config") or {}
     require_libraries(base)
@@ -53,7 +56,8 @@ def load(out: str | Path, trainable: bool = False, *, base: str | Path | None = 
     return PeftModel.from_pretrained(model, adapter.folder, is_trainable=trainable)
 
 
-def _base(out: Path, adapter) -> Path:
+def base_folder(out: Path, adapter: AdapterFolder) -> Path:
+    """The run's own base, or where there is none the one that the adapter names, as after `cloq init`."""
     stated = adapter.config.get("base_model_name_or_path")
     if (out / "model" / "config.json").is_file() or not stated:
         return out / "model"
