@@ -45,7 +45,7 @@ def load(out: str | Path, trainable: bool = False, *, base: str | Path | None = 
     require_libraries(base)
     _check(base, quantization, bool(kwargs.get("trust_remote_code", False)))
     if "dtype" not in kwargs and "torch_dtype" not in kwargs:
-        kwargs["dtype"] = _default_dtype(config)
+        kwargs["dtype"] = default_dtype(config)
 
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -82,7 +82,8 @@ def _still_packed(quantization: dict[str, Any]) -> bool:
     return quantization.get("quant_method") == "compressed-tensors" and not quantization.get("dequantize")
 
 
-def _default_dtype(config: dict[str, Any]):
+def default_dtype(config: dict[str, Any]):
+    """What `from_pretrained` is given where nobody asked for a `dtype`: the stored one, but not float16 on a CPU."""
     import torch
 
     stated = config.get("dtype") or config.get("torch_dtype")

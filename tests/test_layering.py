@@ -24,7 +24,7 @@ LAYERS = (
     {"store"},
     {"pipeline"},
     {"export"},
-    {"loading", "merging", "check", "evaluate", "report", "plan"},
+    {"loading", "merging", "generating", "check", "evaluate", "report", "plan"},
     {"api"},
     {"cli"},
     {"__main__"},
