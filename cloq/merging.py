@@ -14,19 +14,18 @@ import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cloq.errors import ExportError
 from cloq.export import FORMATS
 from cloq.export.dense import DTYPES, narrowed
 from cloq.export.folder import kept_tensors, plain_config, write_folder
 from cloq.export.peft import AdapterFolder
-from cloq.export.read import QuantizedFolder, read_config
-from cloq.loading import base_folder
-from cloq.models import Decoder, is_conv1d, is_linear, linear_shape, locate
+from cloq.export.read import read_config
+from cloq.models import is_conv1d
+from cloq.pairing import Layer, Pair
 from cloq.quantizers.regrid import onto_grid_of
 
 PACKED = ("packed", *(name for name in FORMATS if name != "dense"))
@@ -103,9 +102,9 @@ def merge(
     out, to = Path(out), Path(to)
     if dtype not in (*DTYPES, *PACKED):
         raise ExportError(f"dtype is {dtype!r}; a merged model takes {', '.join(DTYPES)}")
-    pair = _Pair.open(out, adapter, base, trust_remote_code)
+    pair = Pair.open(out, adapter, base, trust_remote_code)
     if dtype in PACKED or _is_quantized(to):
-        raise pair.packed_refusal()
+        raise _packed_refusal(pair)
     _refuse_content(to, out)
     layers: dict[str, MergedLayer] = {}
     initial = _initial(out, pair.adapter)
@@ -123,63 +122,29 @@ def merge(
     return Merged(to, pair.base, pair.adapter.folder, dtype, layers)
 
 
-class _Layer(NamedTuple):
-    """delta: what the adapter adds. merged: the sum. Both `(out, in)` float32."""
-
-    name: str
-    delta: Tensor
-    merged: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class _Pair:
-    """A base and an adapter that were found to fit. modules: the layers with factors, by full name, without weights."""
-
-    base: Path
-    source: QuantizedFolder
-    decoder: Decoder
-    adapter: AdapterFolder
-    modules: dict[str, nn.Module]
-
-    @classmethod
-    def open(cls, out: Path, adapter: str | Path | None, base: str | Path | None, trust_remote_code: bool) -> _Pair:
-        factors = AdapterFolder(adapter or out / "adapter")
-        folder = locate(str(base or base_folder(out, factors)))
-        if base is None:
-            _refuse_another_base(factors, folder, out)
-        _refuse_more_than_lora(factors)
-        source = QuantizedFolder(folder)
-        decoder = source.decoder(trust_remote_code=trust_remote_code)
-        return cls(folder, source, decoder, factors, _adapted(factors, decoder))
-
-    def layers(self) -> Iterator[_Layer]:
-        for name, module in self.modules.items():
-            delta = self.adapter.delta(name)
-            yield _Layer(name, delta, self.decoder.weight(name, module) + delta)
-
-    def packed_refusal(self) -> ExportError:
-        """Why not, what it would cost, and what to do instead."""
-        if not self.source.names:
-            return ExportError(f"{self.base} is not quantized, so there is nothing packed to merge into; merge with --dtype bfloat16")
-        losses, sizes = [], []
-        for layer in self.layers():
-            if layer.name in self.source.names:
-                again = onto_grid_of(self.source.weight(layer.name), layer.merged).dequantize()
-                losses.append(_relative(again - layer.merged, layer.merged))
-                sizes.append(_relative(layer.delta, layer.merged))
-        return ExportError(
-            "an adapter cannot be merged into a packed base, whose grid does not hold Q + BA: plain rounding back to the base's own scales "
-            f"and zero points (no data, no GPTQ) would change the weights by {statistics.fmean(losses):.1%} (relative error, mean over "
-            f"{len(losses)} layers), where the adapter itself is {statistics.fmean(sizes):.1%} of them. Merge into a dense model with "
-            "--dtype bfloat16, and quantize that with cloq quantize, which calibrates and fits new factors"
-        )
+def _packed_refusal(pair: Pair) -> ExportError:
+    """Why not, what it would cost, and what to do instead."""
+    if not pair.source.names:
+        return ExportError(f"{pair.base} is not quantized, so there is nothing packed to merge into; merge with --dtype bfloat16")
+    losses, sizes = [], []
+    for layer in pair.layers():
+        if layer.name in pair.source.names:
+            again = onto_grid_of(pair.source.weight(layer.name), layer.merged).dequantize()
+            losses.append(_relative(again - layer.merged, layer.merged))
+            sizes.append(_relative(layer.delta, layer.merged))
+    return ExportError(
+        "an adapter cannot be merged into a packed base, whose grid does not hold Q + BA: plain rounding back to the base's own scales "
+        f"and zero points (no data, no GPTQ) would change the weights by {statistics.fmean(losses):.1%} (relative error, mean over "
+        f"{len(losses)} layers), where the adapter itself is {statistics.fmean(sizes):.1%} of them. Merge into a dense model with "
+        "--dtype bfloat16, and quantize that with cloq quantize, which calibrates and fits new factors"
+    )
 
 
 def _share(part: float, whole: float) -> str:
     return f"{part / whole:.2%}" if whole > 0 else "all"
 
 
-def _measured(layer: _Layer, rounded: Tensor, initial: AdapterFolder | None) -> MergedLayer:
+def _measured(layer: Layer, rounded: Tensor, initial: AdapterFolder | None) -> MergedLayer:
     trained = None
     if initial is not None and layer.name in initial.names and initial.read(layer.name).delta().shape == layer.delta.shape:
         trained = _relative(layer.delta - initial.delta(layer.name), layer.merged)
@@ -199,9 +164,6 @@ def _initial(out: Path, adapter: AdapterFolder) -> AdapterFolder | None:
     return AdapterFolder(own)
 
 
-# -- what does not fit -------------------------------------------------------------------------------------------------
-
-
 def _is_quantized(folder: Path) -> bool:
     return (folder / "config.json").is_file() and "quantization_config" in read_config(folder)
 
@@ -212,92 +174,4 @@ def _refuse_content(target: Path, out: Path) -> None:
     if target.resolve().parent == out.resolve() and target.name.split("-")[0] in ("model", "adapter", ".cloq"):
         raise ExportError(
             f"{target} is where the run keeps its own parts; choose another name for the merged model, such as {out / 'merged'}"
-        )
-
-
-def _refuse_another_base(adapter: AdapterFolder, base: Path, out: Path) -> None:
-    """An adapter that names a base which is neither this one nor another export of the run is not for this one. A run that has moved
-    since names a folder that is gone; a hub id never is."""
-    stated = adapter.config.get("base_model_name_or_path")
-    if not stated:
-        return
-    named = Path(stated)
-    if (named / "config.json").is_file():
-        ours = named.resolve() == base.resolve() or named.resolve().parent == out.resolve()
-    else:
-        ours = named.is_absolute() or named.name == base.name
-    if not ours:
-        raise ExportError(
-            f"the adapter in {adapter.folder} says that it belongs to {stated}, not to {base}; name the base that it was trained on "
-            "with --base"
-        )
-
-
-_PLAIN: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # the others take something out of the base when loaded
-}
-_EXTRAS = (
-    "use_dora", "lora_bias", "modules_to_save", "target_parameters", "trainable_token_indices", "layer_replication",
-    "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config",
-)  # fmt: skip
-
-
-def _refuse_more_than_lora(adapter: AdapterFolder) -> None:
-    config = adapter.config
-    odd = [f"{key} is {config[key]!r}" for key, plain in _PLAIN.items() if config.get(key, plain[0]) not in plain]
-    odd += [f"{key} is {config[key]!r}" for key in _EXTRAS if config.get(key)]
-    odd += adapter.other_keys()
-    if odd:
-        raise ExportError(
-            f"the adapter in {adapter.folder} is more than a plain LoRA of linear layers ({odd[0]}), which B A alone does not give; "
-            "merge it with PEFT: export the base with cloq export --format dense, then merge_and_unload()"
-        )
-
-
-def _adapted(adapter: AdapterFolder, decoder: Decoder) -> dict[str, nn.Module]:
-    """The layers that PEFT puts the factors on, in the model's order. Raises `ExportError` where file, settings and model differ."""
-    from peft import LoraConfig
-    from peft.tuners.tuners_utils import check_target_module_exists
-
-    linears = {name: module for name, module in decoder.model.named_modules() if is_linear(module)}
-    config = LoraConfig.from_pretrained(str(adapter.folder))
-    targets = {name for name in linears if config.target_modules and check_target_module_exists(config, name)}
-    where = f"the adapter in {adapter.folder} and the base in {decoder.folder} do not belong together"
-    for name in sorted(adapter.names - linears.keys()):
-        raise ExportError(f"{where}: it has factors for {name}, which is no linear layer of {type(decoder.model).__name__}")
-    for name in sorted(targets - adapter.names):
-        raise ExportError(f"{where}: its settings put factors on {name}, but it has none for that layer")
-    for name in sorted(adapter.names - targets):
-        raise ExportError(
-            f"{adapter.folder} has factors for {name} that PEFT leaves aside, by the target_modules in its settings; mend those"
-        )
-    for name in sorted(targets):
-        _refuse_misfit(adapter, name, linear_shape(linears[name]), where)
-        _refuse_tied(decoder, name)
-        own = adapter.base_weight(name)
-        if own is not None and not torch.equal(own.float(), decoder.read(f"{name}.weight").float()):
-            raise ExportError(f"{where}: it brings a weight of {name} with it, and the base has another")
-    return {name: module for name, module in linears.items() if name in targets}
-
-
-def _refuse_misfit(adapter: AdapterFolder, name: str, shape: tuple[int, int], where: str) -> None:
-    factors, (rank, _) = adapter.read(name), adapter.rank_and_alpha(name)
-    found = (factors.B.shape[0], factors.A.shape[1])
-    if found != shape:
-        raise ExportError(f"{where}: its factors for {name} are for a layer of shape {found} (out, in), the base has {shape}")
-    if factors.rank != rank:
-        raise ExportError(
-            f"{adapter.folder} has factors of rank {factors.rank} for {name}, and its configuration says {rank}: save it again"
-        )
-
-
-def _refuse_tied(decoder: Decoder, name: str) -> None:
-    tied = decoder.tied_names()
-    if f"{name}.weight" in {*tied, *tied.values()}:
-        other = tied.get(f"{name}.weight") or next(key for key, value in tied.items() if value == f"{name}.weight")
-        raise ExportError(
-            f"the adapter changes {name}, whose weight is also that of {other.removesuffix('.weight')}: merged into one it would change "
-            "both; train without this layer, or load base and adapter side by side with cloq.load"
         )

@@ -215,6 +215,16 @@ def test_another_adapter(run, tmp_path, capsys, tokenizer):
     assert said(capsys, run.store.out, "--prompt", "Once upon", "--max-new-tokens", 12, "--adapter", trained) == expected
 
 
+def test_a_trained_adapter_that_nobody_asked_for_is_mentioned(run, tmp_path, capsys):
+    out = shutil.copytree(run.store.out, tmp_path / "out")
+    shutil.copytree(out / "adapter", out / "trained")
+    for argv in (["generate", str(out), "-p", "a", "--max-new-tokens", "1"], ["merge", str(out), "--to", str(tmp_path / "merged")]):
+        assert main(argv) == 0
+        assert f"--adapter {out / 'trained'} takes the trained one" in capsys.readouterr().err
+    assert main(["generate", str(out), "-p", "a", "--max-new-tokens", "1", "--adapter", str(out / "trained")]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_compare_shows_three_texts(run, model, tokenizer, capsys):
     shown = said(capsys, run.store.out, "--prompt", "Once upon", "--max-new-tokens", 12, "--compare")
     with model.disable_adapter():

@@ -24,7 +24,7 @@ LAYERS = (
     {"store"},
     {"pipeline"},
     {"export"},
-    {"loading", "merging", "generating", "check", "evaluate", "report", "plan"},
+    {"loading", "pairing", "merging", "generating", "check", "evaluate", "report", "plan"},
     {"api"},
     {"cli"},
     {"__main__"},

@@ -18,8 +18,8 @@ from cloq.cli import main
 from cloq.errors import ExportError
 from cloq.export import folder
 from cloq.quantizers import Nf4, Rtn
-from cloq.quantizers.regrid import onto_grid_of
 from tests.finished import Finished, edit_json, edit_tensors, finish, logits, needs
+from tests.quantizers.test_regrid import nearest_by_trial
 from tests.tiny import load_plain, save_tiny
 
 UNIT_ROUNDOFF = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
@@ -185,6 +185,15 @@ def test_the_stored_blocks_are_not_needed_and_a_run_may_have_moved(tmp_path):
     assert json.loads((merged.target / "config.json").read_text()) == json.loads((moved / "model/config.json").read_text())
 
 
+def test_a_copied_run(packed, tmp_path):
+    """Its adapter names the original's base, which is still there, and equal; one changed byte makes it another base."""
+    copy = shutil.copytree(packed.store.out, tmp_path / "copy")
+    assert cloq.merge(copy, tmp_path / "merged", dtype="float32").base == copy / "model"
+    edit_tensors(copy / "model/model.safetensors", lambda t: t["model.layers.0.mlp.up_proj.scales"].mul_(2))
+    with pytest.raises(ExportError, match=r"says that it belongs to .*, not to .*copy/model"):
+        cloq.merge(copy, tmp_path / "again")
+
+
 def test_a_base_that_someone_else_quantized(packed, tmp_path):
     """As after `cloq init`: the run has an adapter, which names its base, and no base of its own."""
     shutil.copytree(packed.store.out / "adapter", tmp_path / "out/adapter")
@@ -254,30 +263,12 @@ def test_merging_into_a_packed_base_is_refused_with_its_price(tmp_path, form, qu
     losses = []
     for result in run.results.values():
         exact = result.effective_weight()
-        losses.append(float((_nearest(result.weight, exact) - exact).norm() / exact.norm()))
+        losses.append(float((nearest_by_trial(result.weight, exact) - exact).norm() / exact.norm()))
     price = f"would change the weights by {sum(losses) / len(losses):.1%} "
     for attempt in ({"dtype": "packed"}, {"dtype": form}, {"to": run.store.out / "model"}):
         with pytest.raises(ExportError, match=f"its grid does not hold|whose grid does not hold.*{price}.*cloq quantize"):
             cloq.merge(run.store.out, **{"to": tmp_path / "merged"} | attempt)
     assert not (tmp_path / "merged").exists()
-
-
-def _nearest(weight, values: torch.Tensor) -> torch.Tensor:
-    levels = torch.arange(2**weight.bits, dtype=torch.uint8)
-    points = torch.stack([onto_codes(weight, torch.full_like(weight.codes, int(level))) for level in levels])
-    return points.gather(0, (points - values).abs().argmin(0, keepdim=True))[0]
-
-
-def onto_codes(weight, codes: torch.Tensor) -> torch.Tensor:
-    import dataclasses
-
-    return dataclasses.replace(weight, codes=codes).dequantize()
-
-
-@pytest.mark.parametrize("quantizer", [Rtn(2, 32), Rtn(4, None), Nf4()], ids=str)
-def test_a_grid_holds_its_own_points(quantizer):
-    weight = quantizer.quantize(torch.randn(32, 96, generator=torch.Generator().manual_seed(0)))
-    assert torch.equal(onto_grid_of(weight, weight.dequantize()).dequantize(), weight.dequantize())
 
 
 def test_a_dense_base_has_nothing_packed(plain, tmp_path):

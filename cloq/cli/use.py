@@ -35,6 +35,7 @@ def merge(
     from cloq.models import quiet_libraries
 
     quiet_libraries()
+    _mention_trained(out, adapter)
     with counting("merging", quiet=json) as count:
         merged = write(
             out, target, adapter=adapter, base=base, dtype="packed" if packed else dtype, trust_remote_code=trust_remote_code,
@@ -69,6 +70,7 @@ def generate(
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling the packed kernels takes longer than a short text, and a C++ compiler
     quiet_libraries()
     try:
+        _mention_trained(out, adapter)
         talk = _Talk(out, adapter, base, device, trust_remote_code, sampling, chat)
         if text is None:
             talk.converse()
@@ -79,6 +81,13 @@ def generate(
     except KeyboardInterrupt:
         print()
         raise SystemExit(130) from None  # without the word of main() on runs that can be continued
+
+
+def _mention_trained(out: Path, adapter: Path | None) -> None:
+    """The initial factors are what is meant without a word; where there are trained ones too, perhaps not."""
+    trained = out / "trained"
+    if adapter is None and (trained / "adapter_config.json").is_file():
+        print(f"note: this is {out / 'adapter'}, as it was before training; --adapter {trained} takes the trained one", file=sys.stderr)
 
 
 def _prompt(prompt: str | None, compare: bool) -> str | None:
