@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from cloq.cli.app import Json, Run, app
+from cloq.cli.app import Json, Run, _print, app
 from cloq.errors import CloqError, SpecError
 
 Adapter = Annotated[Path | None, typer.Option("--adapter", help="Another adapter, such as a trained one.", show_default="OUT/adapter")]
@@ -29,7 +29,6 @@ def merge(
     json: Json = False,
 ) -> None:
     """Write base and adapter as one dense model, which loads and serves like any other."""
-    from cloq.cli.app import _print
     from cloq.cli.progress import counting
     from cloq.merging import merge as write
     from cloq.models import quiet_libraries
