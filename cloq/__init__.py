@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "quantize": "cloq.api",
     "load": "cloq.loading",
+    "merge": "cloq.merging",
     "closed_form": "cloq.initializers",
     "RunSpec": "cloq.specs",
     "QuantSpec": "cloq.specs",
@@ -22,13 +23,14 @@ _PUBLIC = {
     "CloqError": "cloq.errors",
 }
 
-__all__ = ["CalibSpec", "CloqError", "LoraSpec", "QuantSpec", "Rule", "RunSpec", "__version__", "closed_form", "load", "quantize"]
+__all__ = ["CalibSpec", "CloqError", "LoraSpec", "QuantSpec", "Rule", "RunSpec", "__version__", "closed_form", "load", "merge", "quantize"]
 
 if TYPE_CHECKING:
     from cloq.api import quantize
     from cloq.errors import CloqError
     from cloq.initializers import closed_form
     from cloq.loading import load
+    from cloq.merging import merge
     from cloq.specs import CalibSpec, LoraSpec, QuantSpec, Rule, RunSpec
 
 

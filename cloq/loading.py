@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cloq.errors import ExportError, MissingLibrary
+
+if TYPE_CHECKING:
+    from cloq.export.peft import AdapterFolder
 
 _NEEDS = {
     "gptq": (("gptqmodel", "optimum"), "gptq"),
@@ -36,13 +39,13 @@ def load(out: str | Path, trainable: bool = False, *, base: str | Path | None = 
     from cloq.export.read import read_config
 
     adapter = AdapterFolder(adapter or Path(out) / "adapter")
-    base = Path(base) if base else _base(Path(out), adapter)
+    base = Path(base) if base else base_folder(Path(out), adapter)
     config = read_config(base)
     quantization = config.get("quantization_config") or {}
     require_libraries(base)
     _check(base, quantization, bool(kwargs.get("trust_remote_code", False)))
     if "dtype" not in kwargs and "torch_dtype" not in kwargs:
-        kwargs["dtype"] = _default_dtype(config)
+        kwargs["dtype"] = default_dtype(config)
 
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -53,7 +56,8 @@ def load(out: str | Path, trainable: bool = False, *, base: str | Path | None = 
     return PeftModel.from_pretrained(model, adapter.folder, is_trainable=trainable)
 
 
-def _base(out: Path, adapter) -> Path:
+def base_folder(out: Path, adapter: AdapterFolder) -> Path:
+    """The run's own base, or where there is none the one that the adapter names, as after `cloq init`."""
     stated = adapter.config.get("base_model_name_or_path")
     if (out / "model" / "config.json").is_file() or not stated:
         return out / "model"
@@ -78,7 +82,8 @@ def _still_packed(quantization: dict[str, Any]) -> bool:
     return quantization.get("quant_method") == "compressed-tensors" and not quantization.get("dequantize")
 
 
-def _default_dtype(config: dict[str, Any]):
+def default_dtype(config: dict[str, Any]):
+    """What `from_pretrained` is given where nobody asked for a `dtype`: the stored one, but not float16 on a CPU."""
     import torch
 
     stated = config.get("dtype") or config.get("torch_dtype")

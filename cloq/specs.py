@@ -24,6 +24,16 @@ PROPAGATE = ("adapter", "quantized", "dense")
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
+QUANTIZER_SETTINGS = {
+    **{name: ("gptq",) for name in ("damping", "act_order", "static_groups")},
+    **{name: ("gptq", "rtn") for name in ("symmetric", "search")},
+}
+"""Settings of `QuantSpec` that not every quantizer has → those that do."""
+
+INITIALIZER_SETTINGS = {"split": ("cloq",), "iterations": ("loftq",)}
+"""Settings of `LoraSpec` that not every initializer has → those that do."""
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise SpecError(message)
@@ -31,6 +41,18 @@ def _require(condition: bool, message: str) -> None:
 
 def _one_of(name: str, value: Any, allowed: tuple) -> None:
     _require(value in allowed, f"{name} is {value!r}; allowed: {', '.join('channel' if a is None else str(a) for a in allowed)}")
+
+
+def _refuse_ignored(spec: Any, kind: str, settings: dict[str, tuple[str, ...]]) -> None:
+    """Refuses a setting that the chosen algorithm would ignore, where it is not the default. kind: the field that names the algorithm."""
+    chosen = getattr(spec, kind)
+    defaults = {f.name: f.default for f in dataclasses.fields(spec)}
+    for name, owners in settings.items():
+        value = getattr(spec, name)
+        _require(
+            chosen in owners or value == defaults[name],
+            f"{name} is {value}, which {kind} {chosen!r} does not have; leave it at {defaults[name]}, or use {kind} {' or '.join(owners)}",
+        )
 
 
 class Spec:
@@ -84,7 +106,8 @@ class QuantSpec(Spec):
         group is shorter.
     search: choose each group's scale by its rounding error instead of its range.
     magr: run MagR before the quantizer. magr_alpha: weight of its penalty, `None` for 1e-4 per group and 1e-3 per channel.
-    damping, act_order, static_groups: GPTQ's.
+    damping, act_order, static_groups: GPTQ's; nf4 has no grid to be symmetric or searched. A setting that the quantizer does not have
+    is refused where it is not the default.
     """
 
     bits: int = 2
@@ -108,11 +131,14 @@ class QuantSpec(Spec):
         _require(self.quantizer != "nf4" or self.group_size == 64, "nf4 uses blocks of 64 values; set group_size to 64")
         _require(0 <= self.damping <= 1, f"damping is {self.damping}; it is relative to the mean diagonal, between 0 and 1 (0.01 is usual)")
         _require(self.magr_alpha is None or self.magr_alpha > 0, f"magr_alpha is {self.magr_alpha}; it must be positive")
+        _require(self.magr_alpha is None or self.magr, f"magr_alpha is {self.magr_alpha}, but magr is off; add --magr or leave it out")
+        _refuse_ignored(self, "quantizer", QUANTIZER_SETTINGS)
 
 
 @dataclass(frozen=True)
 class LoraSpec(Spec):
-    """How the factors are found. rank: clipped per layer to `min(in, out)`. split: see `closed_form`. iterations: LoftQ's rounds."""
+    """How the factors are found. rank: clipped per layer to `min(in, out)`. split: CLoQ's, see
+    `closed_form`. iterations: LoftQ's rounds. Each is refused elsewhere where it is not the default."""
 
     init: str = "cloq"
     rank: int = 64
@@ -124,6 +150,7 @@ class LoraSpec(Spec):
         _one_of("split", self.split, SPLIT_NAMES)
         _require(1 <= self.rank <= 4096, f"rank is {self.rank}; allowed: 1 to 4096 (16 to 128 is usual)")
         _require(1 <= self.iterations <= 100, f"iterations is {self.iterations}; allowed: 1 to 100")
+        _refuse_ignored(self, "init", INITIALIZER_SETTINGS)
 
 
 @dataclass(frozen=True)

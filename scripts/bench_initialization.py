@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> list[dict]:
 
 
 def lora(init: str, base: str, rank: int) -> LoraSpec:
-    return LoraSpec(init, rank, iterations=LOFTQ_ITERATIONS.get(base, 2))
+    return LoraSpec(init, rank, iterations=LOFTQ_ITERATIONS.get(base, 2)) if init == "loftq" else LoraSpec(init, rank)
 
 
 def block(decoder: Decoder, index: int, reference: Variant, variants: list[Variant], shared: bool) -> None:

@@ -14,7 +14,7 @@ import torch
 
 import cloq
 from cloq.errors import ExportError, MissingLibrary
-from cloq.loading import _default_dtype
+from cloq.loading import default_dtype
 from cloq.quantizers import Rtn
 from tests.finished import edit_json, edit_tensors, finish, logits, needs
 
@@ -37,7 +37,7 @@ def test_without_a_gpu_float16_becomes_float32(tmp_path, monkeypatch, stored, lo
 
 def test_with_a_gpu_the_stored_precision_is_kept(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert _default_dtype({"dtype": "float16"}) == _default_dtype({"torch_dtype": "float16"}) == "auto"
+    assert default_dtype({"dtype": "float16"}) == default_dtype({"torch_dtype": "float16"}) == "auto"
 
 
 def test_only_the_factors_train_and_only_when_asked(tmp_path):

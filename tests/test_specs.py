@@ -26,26 +26,25 @@ from cloq.specs import (
 )
 
 TEXT = st.text(min_size=1, max_size=12).filter(str.strip)
-NF4 = st.builds(QuantSpec, bits=st.just(4), group_size=st.just(64), quantizer=st.just("nf4"), magr=st.booleans())
-INTEGER = st.builds(
-    QuantSpec,
-    bits=st.sampled_from(BITS),
-    group_size=st.sampled_from(GROUP_SIZES),
-    quantizer=st.sampled_from(("gptq", "rtn")),
-    symmetric=st.booleans(),
-    search=st.booleans(),
-    magr=st.booleans(),
-    magr_alpha=st.none() | st.floats(1e-6, 1),
-    damping=st.floats(0, 1),
-    act_order=st.booleans(),
-    static_groups=st.booleans(),
+MAGR = st.fixed_dictionaries({"magr": st.just(True), "magr_alpha": st.none() | st.floats(1e-6, 1)}) | st.just({})
+GRID = st.fixed_dictionaries(
+    {
+        "bits": st.sampled_from(BITS),
+        "group_size": st.sampled_from(GROUP_SIZES),
+        "symmetric": st.booleans(),
+        "search": st.booleans(),
+    }
 )
-LORA = st.builds(
-    LoraSpec,
-    init=st.sampled_from(specs.INITIALIZER_NAMES),
-    rank=st.integers(1, 4096),
-    split=st.sampled_from(specs.SPLIT_NAMES),
-    iterations=st.integers(1, 100),
+GPTQ = st.fixed_dictionaries({"damping": st.floats(0, 1), "act_order": st.booleans(), "static_groups": st.booleans()})
+QUANT = st.one_of(
+    st.builds(lambda magr: QuantSpec(bits=4, group_size=64, quantizer="nf4", **magr), MAGR),
+    st.builds(lambda magr, grid: QuantSpec(quantizer="rtn", **magr, **grid), MAGR, GRID),
+    st.builds(lambda magr, grid, gptq: QuantSpec(quantizer="gptq", **magr, **grid, **gptq), MAGR, GRID, GPTQ),
+)
+LORA = st.one_of(
+    st.builds(LoraSpec, init=st.sampled_from(specs.INITIALIZER_NAMES), rank=st.integers(1, 4096)),
+    st.builds(LoraSpec, init=st.just("cloq"), rank=st.integers(1, 4096), split=st.sampled_from(specs.SPLIT_NAMES)),
+    st.builds(LoraSpec, init=st.just("loftq"), rank=st.integers(1, 4096), iterations=st.integers(1, 100)),
 )
 CALIB = st.builds(
     CalibSpec,
@@ -69,7 +68,7 @@ RUNS = st.builds(
     RunSpec,
     model=TEXT,
     revision=st.none() | TEXT,
-    quant=NF4 | INTEGER,
+    quant=QUANT,
     lora=LORA,
     calib=CALIB,
     only=PATTERNS,
@@ -136,7 +135,8 @@ REFUSED = {
     "nf4 group": (lambda: QuantSpec(bits=4, group_size=32, quantizer="nf4"), "blocks of 64 values; set group_size to 64"),
     "damping": (lambda: QuantSpec(damping=-0.1), "damping is -0.1; .* between 0 and 1"),
     "damping that is none": (lambda: QuantSpec(damping=float("nan")), "damping is nan"),
-    "alpha": (lambda: QuantSpec(magr_alpha=0.0), "magr_alpha is 0.0; it must be positive"),
+    "alpha": (lambda: QuantSpec(magr=True, magr_alpha=0.0), "magr_alpha is 0.0; it must be positive"),
+    "alpha without MagR": (lambda: QuantSpec(magr_alpha=1e-3), "magr_alpha is 0.001, but magr is off"),
     "init": (lambda: LoraSpec(init="lora"), "init is 'lora'; allowed: cloq, zero, svd, loftq, qera, eora, pissa"),
     "rank": (lambda: LoraSpec(rank=0), "rank is 0; allowed: 1 to 4096"),
     "split": (lambda: LoraSpec(split="even"), "split is 'even'; allowed: paper, balanced"),
@@ -170,9 +170,64 @@ def test_refusals_say_what_came_and_what_is_allowed(name):
     assert isinstance(refusal.value, CloqError) and isinstance(refusal.value, ValueError)
 
 
+IGNORED = {
+    "nf4": {"symmetric": True, "search": False, "damping": 0.02, "act_order": True, "static_groups": True},
+    "rtn": {"damping": 0.02, "act_order": True, "static_groups": True},
+    "gptq": {},
+}
+
+
+@pytest.mark.parametrize("quantizer", specs.QUANTIZER_NAMES)
+@pytest.mark.parametrize("name", sorted(IGNORED["nf4"]))
+def test_a_setting_that_the_quantizer_does_not_have_is_refused(quantizer, name):
+    base = {"quantizer": quantizer, "bits": 4}
+    value = IGNORED["nf4"][name]
+    if name not in IGNORED[quantizer]:
+        assert getattr(QuantSpec(**base, **{name: value}), name) == value
+        return
+    with pytest.raises(SpecError, match=f"{name} is {value}, which quantizer '{quantizer}' does not have; .* or use quantizer gptq"):
+        QuantSpec(**base, **{name: value})
+    default = getattr(QuantSpec(), name)
+    assert getattr(QuantSpec(**base, **{name: default}), name) == default, "saying the default is no mistake"
+
+
+@pytest.mark.parametrize("init", specs.INITIALIZER_NAMES)
+@pytest.mark.parametrize(("name", "value", "owner"), [("split", "balanced", "cloq"), ("iterations", 2, "loftq")])
+def test_a_setting_that_the_initializer_does_not_have_is_refused(init, name, value, owner):
+    if init == owner:
+        assert getattr(LoraSpec(init=init, **{name: value}), name) == value
+        return
+    with pytest.raises(SpecError, match=f"{name} is {value}, which init '{init}' does not have; .* or use init {owner}"):
+        LoraSpec(init=init, **{name: value})
+
+
+def test_the_lists_of_settings_are_what_the_classes_have():
+    """A field of `QuantSpec` or `LoraSpec` reaches exactly those algorithms that have a field of the same name."""
+    from cloq.initializers import INITIALIZERS
+    from cloq.quantizers import QUANTIZERS
+
+    for listed, classes, common in (
+        (specs.QUANTIZER_SETTINGS, QUANTIZERS, {"bits", "group_size", "quantizer", "magr", "magr_alpha"}),
+        (specs.INITIALIZER_SETTINGS, INITIALIZERS, {"init", "rank"}),
+    ):
+        kind = QuantSpec if classes is QUANTIZERS else LoraSpec
+        assert set(listed) | common == {f.name for f in dataclasses.fields(kind)}
+        for name, owners in listed.items():
+            assert {key for key, cls in classes.items() if name in cls.__dataclass_fields__} == set(owners), name
+
+
+def test_rules_cannot_make_of_nf4_what_it_is_not():
+    run = run_spec(quantizer="nf4", bits=4, rules=(Rule("q_proj", bits=2), Rule("up_proj", group_size=32), Rule("k_proj", rank=8)))
+    for name, message in (("q_proj", "nf4 is a 4-bit codebook; bits is 2"), ("up_proj", "nf4 uses blocks of 64")):
+        with pytest.raises(SpecError, match=message):
+            layer_spec(run, name)
+    assert layer_spec(run, "k_proj") == LayerSpec(run.quant, 8)
+    assert layer_spec(run_spec(quantizer="rtn", rules=(Rule("q_proj", bits=3),)), "q_proj").quant == QuantSpec(bits=3, quantizer="rtn")
+
+
 def test_whole_numbers_stand_for_fractions():
     assert QuantSpec.from_dict({"damping": 0}).damping == 0.0
-    assert type(QuantSpec.from_dict({"damping": 1, "magr_alpha": 1}).magr_alpha) is float
+    assert type(QuantSpec.from_dict({"damping": 1, "magr": True, "magr_alpha": 1}).magr_alpha) is float
 
 
 def test_specs_are_values():
@@ -184,9 +239,7 @@ def test_specs_are_values():
         QuantSpec().replace(bits=6)
 
 
-@pytest.mark.parametrize(
-    "heldout, samples, expected", [(0.0, 100, 0), (0.125, 128, 16), (0.001, 128, 1), (0.1, 128, 13), (1.0, 5, 5)]
-)
+@pytest.mark.parametrize("heldout, samples, expected", [(0.0, 100, 0), (0.125, 128, 16), (0.001, 128, 1), (0.1, 128, 13), (1.0, 5, 5)])
 def test_the_held_out_share_is_rounded_up(heldout, samples, expected):
     assert CalibSpec(samples=samples, heldout=heldout).heldout_samples == expected
 
@@ -194,9 +247,7 @@ def test_the_held_out_share_is_rounded_up(heldout, samples, expected):
 NAME = "model.layers.10.self_attn.q_proj"
 
 
-@pytest.mark.parametrize(
-    "pattern", [NAME, "q_proj", "self_attn.*", "*.layers.10.*", "self_attn.[qk]_proj", "model.*", "layers.10.*"]
-)
+@pytest.mark.parametrize("pattern", [NAME, "q_proj", "self_attn.*", "*.layers.10.*", "self_attn.[qk]_proj", "model.*", "layers.10.*"])
 def test_patterns_that_match(pattern):
     assert matches(pattern, NAME)
 

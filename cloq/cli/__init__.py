@@ -6,6 +6,7 @@ import sys
 
 import typer
 
+import cloq.cli.use  # noqa: F401 - adds its commands
 from cloq.cli.app import app
 from cloq.errors import CloqError
 

@@ -40,27 +40,20 @@ def run_demo(out: Path, restart: bool) -> None:
 def generate_each(result, prompt: str) -> list[str]:
     """Greedy continuations by the 16-bit model, the packed base, and base with adapter, through the libraries that users load with."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from cloq.loading import load
-    from cloq.models import locate
+    from cloq.generating import Sampling, generate, prompt_ids, with_each
+    from cloq.models import load_tokenizer, locate
 
     # the packed kernels' compiled path needs a C++ compiler; a short demonstration does without
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     folder = locate(result.spec.model)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer(prompt, return_tensors="pt")
+    tokenizer = load_tokenizer(folder)
+    ids = prompt_ids(tokenizer, prompt, None)
 
-    def generate(model) -> str:
-        model.eval()
-        output = model.generate(**ids, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-        return tokenizer.decode(output[0, ids.input_ids.shape[1] :], skip_special_tokens=True)
+    def sentence(name: str, model) -> str:
+        return generate(model, tokenizer, ids, Sampling(NEW_TOKENS), lambda text: None).text
 
-    sentences = [generate(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))]
-    model = load(result.out, dtype=torch.float32)
-    with model.disable_adapter():
-        sentences.append(generate(model))
-    return [*sentences, generate(model)]
+    return with_each(result.out, folder, sentence, dtype=torch.float32)
 
 
 def _table(quality, sentences: list[str]):

@@ -1,7 +1,7 @@
 """Writes a quantized model as an ordinary Hugging Face folder, shard by shard, whatever the format of its linear layers.
 
 What is not quantized is copied tensor by tensor from the original; what is comes block by block from the store. The folder
-appears under its name only when it is complete. Equal runs write equal bytes.
+appears under its name only when it is complete. Equal runs write equal bytes. `write_folder` is the part that knows no store.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,16 @@ def write_model(decoder: Decoder, store: Store, form: Format, target: Path) -> P
         raise ExportError(f"{store.out} has {finished} of {total} blocks finished; run cloq quantize again to complete it")
     _refuse_other_content(target, store.out)
     config, contents = _checked(decoder, {name: summary.layout for name, summary in store.summaries().items()}, form)
+    return write_folder(_all_tensors(decoder, store, form, contents), config, decoder.folder, target)
+
+
+def write_folder(tensors: Iterable[tuple[str, Tensor]], config: dict[str, Any], companions: Path, target: Path) -> Path:
+    """Writes named tensors as they come, at most a shard of them in memory, with a config.json and what lies beside the weights in
+    the folder `companions`. `target` is replaced when all of it is there; `RunError` if the disk is full."""
     with writing(target.parent), replaced_when_complete(target) as folder:
-        _write_shards(_all_tensors(decoder, store, form, contents), folder)
+        _write_shards(tensors, folder)
         write_atomically(folder / "config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
-        _copy_companions(decoder.folder, folder, code="auto_map" in config)
+        _copy_companions(companions, folder, code="auto_map" in config)
     return target
 
 
@@ -55,7 +61,7 @@ def check_format(decoder: Decoder, layouts: dict[str, WeightLayout], form: Forma
 
 def _checked(decoder: Decoder, layouts: dict[str, WeightLayout], form: Format) -> tuple[dict[str, Any], Contents]:
     """The config.json and the contents of the folder to be."""
-    config = _plain_config(decoder, form)
+    config = plain_config(decoder, form.dtype)
     contents = _contents(decoder, layouts, config["dtype"])
     form.check(contents)
     quantization = form.quantization_config(contents)
@@ -72,12 +78,12 @@ def _contents(decoder: Decoder, layouts: dict[str, WeightLayout], dtype: str) ->
     return Contents(layouts, tuple(name for name in linears if name not in layouts), decoder.prefix, dtype, conv1d, fused)
 
 
-def _plain_config(decoder: Decoder, form: Format) -> dict[str, Any]:
-    """The original's config.json, without its quantization, with the dtype that the folder will have."""
+def plain_config(decoder: Decoder, dtype: str | None) -> dict[str, Any]:
+    """The original's config.json, without its quantization, with the dtype that the folder will have, or the original's own."""
     config = read_config(decoder.folder)
     config.pop("quantization_config", None)
     stated = config.pop("torch_dtype", None)
-    config["dtype"] = form.dtype or config.get("dtype") or stated or _commonest_dtype(decoder)
+    config["dtype"] = dtype or config.get("dtype") or stated or _commonest_dtype(decoder)
     config.setdefault("architectures", [type(decoder.model).__name__])
     return config
 
@@ -105,22 +111,28 @@ def _check_agreement(model: nn.Module, quantization: dict[str, Any], contents: C
 
 
 def _all_tensors(decoder: Decoder, store: Store, form: Format, contents: Contents) -> Iterator[tuple[str, Tensor]]:
-    replaced = {f"{name}.weight" for name in contents.layouts} | decoder.tied_names().keys()
-    written: set[str] = set()
-    for name, origin in decoder.source_names.items():
-        if name in replaced:
-            continue
-        if origin.converter is None:
-            yield _kept_name(name, origin.sources[0][1]), _converted(decoder.read(name), form, name)
-            continue
-        for _, source in origin.sources:  # stored in pieces, such as experts: they stay in pieces, under their own names
-            if source not in written:
-                written.add(source)
-                yield source, _converted(decoder.checkpoint.read(source), form, source)
+    yield from kept_tensors(decoder, contents.layouts, form.dtype)
     for index in range(len(decoder.blocks)):
         for name, result in store.read(index).items():
             for suffix, tensor in form.tensors(name, result.weight, contents).items():
                 yield f"{name}.{suffix}", tensor
+
+
+def kept_tensors(decoder: Decoder, replaced: Iterable[str], dtype: str | None) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the model by the name that it has in the files, but for the weights of the layers that are replaced and for
+    the second of two tied ones. dtype: that floating-point tensors are converted to; `None` leaves them as they are."""
+    left_out = {f"{name}.weight" for name in replaced} | decoder.tied_names().keys()
+    written: set[str] = set()
+    for name, origin in decoder.source_names.items():
+        if name in left_out:
+            continue
+        if origin.converter is None:
+            yield _kept_name(name, origin.sources[0][1]), _converted(decoder.read(name), dtype, name)
+            continue
+        for _, source in origin.sources:  # stored in pieces, such as experts: they stay in pieces, under their own names
+            if source not in written:
+                written.add(source)
+                yield source, _converted(decoder.checkpoint.read(source), dtype, source)
 
 
 def _kept_name(name: str, source: str) -> str:
@@ -128,11 +140,11 @@ def _kept_name(name: str, source: str) -> str:
     return name if name.endswith(source) or source.endswith(name) else source
 
 
-def _converted(tensor: Tensor, form: Format, name: str) -> Tensor:
-    return narrowed(tensor, DTYPES[form.dtype], name) if form.dtype and tensor.is_floating_point() else tensor
+def _converted(tensor: Tensor, dtype: str | None, name: str) -> Tensor:
+    return narrowed(tensor, DTYPES[dtype], name) if dtype and tensor.is_floating_point() else tensor
 
 
-def _write_shards(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> None:
+def _write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
     shards: list[list[str]] = []
     pending: dict[str, Tensor] = {}
     total = size = 0

@@ -22,7 +22,7 @@ from cloq.types import LoraFactors
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-_PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+_PREFIX, _A, _B, _BASE = "base_model.model.", ".lora_A.weight", ".lora_B.weight", ".base_layer.weight"
 
 
 def write_adapter(store: Store, base: str, modules: Iterable[str], target: Path) -> Path:
@@ -104,6 +104,22 @@ class AdapterFolder:
     def read(self, name: str) -> LoraFactors:
         """The factors of one layer, float32. Raises `ExportError` if one of the two is missing."""
         return LoraFactors(*(self._tensor(f"{_PREFIX}{name}{suffix}").float() for suffix in (_A, _B)))
+
+    def delta(self, name: str) -> Tensor:
+        """What PEFT adds to a layer's weight, `(out, in)` float32: `B A` times alpha / r, or alpha / √r where it is rank-stabilised."""
+        rank, alpha = self.rank_and_alpha(name)
+        scaling = alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
+        return self.read(name).delta() * scaling
+
+    def base_weight(self, name: str) -> Tensor | None:
+        """The layer's own weight, which PEFT saves and loads with the factors of heads and embeddings; `None` where it did not."""
+        key = f"{_PREFIX}{name}{_BASE}"
+        return self._file.get_tensor(key) if key in self.keys else None
+
+    def other_keys(self) -> list[str]:
+        """Names of what is neither a factor nor such a weight."""
+        known = self.expected_keys(self.names) | {f"{_PREFIX}{name}{_BASE}" for name in self.names}
+        return sorted(self.keys - known)
 
     def _tensor(self, key: str) -> Tensor:
         if key not in self.keys:

@@ -6,7 +6,7 @@ from cloq.models.linears import is_conv1d, is_linear, linear_shape, set_weight
 from cloq.models.locate import cache_folder, locate
 from cloq.models.quiet import quiet_libraries
 from cloq.models.sample import sample_text
-from cloq.models.skeleton import load_config, load_tokenizer
+from cloq.models.skeleton import load_config, load_tokenizer, max_positions
 
 __all__ = [
     "Batch",
@@ -20,6 +20,7 @@ __all__ = [
     "load_config",
     "load_tokenizer",
     "locate",
+    "max_positions",
     "quiet_libraries",
     "sample_text",
     "set_weight",

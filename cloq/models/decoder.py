@@ -25,7 +25,7 @@ from cloq.models.checkpoint import Checkpoint, TensorSource, check_finite
 from cloq.models.heap import trim_heap
 from cloq.models.origins import find_origins
 from cloq.models.probe import returned_values
-from cloq.models.skeleton import build_skeleton, find_blocks, load_config
+from cloq.models.skeleton import build_skeleton, find_blocks, load_config, max_positions
 
 Call = tuple[tuple, dict[str, Any]]
 """Positional and keyword arguments of a block's forward, after the hidden states."""
@@ -109,8 +109,7 @@ class Decoder:
     @property
     def max_positions(self) -> int | None:
         """The longest sequence that the configuration allows, where it says."""
-        text = self.config.get_text_config()
-        return getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+        return max_positions(self.config)
 
     def tied_names(self) -> dict[str, str]:
         """Parameters that are another one: name → the name of the one whose tensor is in the files.

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import io
 import logging
 import os
+import warnings
 
 _CHATTER = (
     "torchao",  # "Failed to load …so": its CUDA kernels, on a machine that has none
@@ -20,6 +24,18 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when transformers is imported
     for name in _CHATTER:
         logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of PEFT's calls into it
+    _quiet_gptqmodel()
     from transformers.utils import logging as theirs
 
     theirs.set_tqdm_hook(lambda factory, args, kwargs: factory(*args, **(kwargs | {"disable": True})))
+
+
+def _quiet_gptqmodel() -> None:
+    """It logs to standard output, a banner first, through a logger of its own that sets its level when it is first asked for."""
+    if importlib.util.find_spec("logbar") is None:
+        return
+    with contextlib.redirect_stdout(io.StringIO()):  # importing it prints an empty line
+        from logbar import LogBar
+
+        LogBar.shared().setLevel(logging.ERROR)

@@ -23,6 +23,12 @@ def load_config(folder: str | Path, trust_remote_code: bool = False):
         ) from error
 
 
+def max_positions(config) -> int | None:
+    """The longest sequence that a configuration allows, where it says."""
+    text = config.get_text_config()
+    return getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+
+
 def load_tokenizer(folder: str | Path, trust_remote_code: bool = False):
     """The folder's tokenizer; `ModelError` if there is none."""
     from transformers import AutoTokenizer

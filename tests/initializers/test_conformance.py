@@ -132,9 +132,9 @@ def test_an_initializer_is_a_frozen_dataclass_with_one_verb(name):
 
 def test_a_spec_becomes_its_initializer():
     for name, kind in INITIALIZERS.items():
-        made = from_spec(LoraSpec(init=name, split="balanced", iterations=3))
-        assert type(made) is kind
-        assert getattr(made, "split", "balanced") == "balanced" and getattr(made, "iterations", 3) == 3
+        assert from_spec(LoraSpec(init=name)) == kind()
+    assert from_spec(LoraSpec(init="cloq", split="balanced")) == INITIALIZERS["cloq"]("balanced")
+    assert from_spec(LoraSpec(init="loftq", iterations=3)) == INITIALIZERS["loftq"](3)
 
 
 @pytest.mark.gpu

@@ -35,9 +35,10 @@ from cloq.models import quiet_libraries
 quiet_libraries()
 from transformers import AutoModelForCausalLM
 from cloq.models import Decoder
-import accelerate.utils, importlib.util, peft, torch
-if importlib.util.find_spec("bitsandbytes"):
-    import bitsandbytes
+import accelerate.utils, importlib, importlib.util, peft, torch
+for library in ("bitsandbytes", "gptqmodel"):
+    if importlib.util.find_spec(library):
+        importlib.import_module(library)
 model = AutoModelForCausalLM.from_pretrained({str(folder)!r})
 model.save_pretrained({str(tmp_path / "again")!r})
 print(len(Decoder({str(folder)!r}).enter(torch.arange(12).view(2, 6), 6)))

@@ -165,9 +165,10 @@ def test_a_quantizer_is_a_frozen_dataclass(kind):
 def test_a_spec_becomes_its_quantizer():
     settings = {"bits": 3, "group_size": 128, "symmetric": True, "search": False}
     extra = {"damping": 0.05, "act_order": True, "static_groups": True}
-    assert from_spec(QuantSpec(quantizer="rtn", **settings, **extra)) == Rtn(**settings)
+    assert from_spec(QuantSpec(quantizer="rtn", **settings)) == Rtn(**settings)
     assert from_spec(QuantSpec(quantizer="gptq", **settings, **extra)) == Gptq(**settings, **extra)
     assert from_spec(QuantSpec(4, 64, "nf4")) == Nf4()
+    assert from_spec(QuantSpec(4, 64, "nf4", magr=True)) == Magr(Nf4(), 64, 1e-4)
     assert from_spec(QuantSpec(2, 64, "rtn", magr=True)) == Magr(Rtn(2, 64, search=True), 64, 1e-4)
     assert from_spec(QuantSpec(2, None, "rtn", magr=True)).alpha == 1e-3
     assert from_spec(QuantSpec(2, 64, "rtn", magr=True, magr_alpha=0.5)).alpha == 0.5

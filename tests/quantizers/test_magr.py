@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from cloq.quantizers import Gptq, Magr, Rtn
+from cloq.quantizers import Gptq, Magr, Nf4, Rtn
 from cloq.quantizers.magr import prox_max
 from cloq.types import LayerStats
 from tests.problems import LARGE_SHAPES, SHAPES, output_error, problem
@@ -126,3 +126,10 @@ def test_it_helps_rounding_at_two_bits_on_correlated_inputs():
 def test_without_inputs_the_weight_stays():
     weight = problem("power law", SHAPES["wide"]).weight
     assert torch.equal(Magr(Rtn()).reduce(weight, LayerStats(torch.zeros(72, 72), 0)), weight)
+
+
+def test_magr_before_a_codebook_lowers_the_peaks_that_scale_its_blocks():
+    p = problem("power law", SHAPES["wide"])
+    plain, reduced = Nf4().quantize(p.weight), Magr(Nf4(), 64, 1e-2).quantize(p.weight, p.stats)
+    assert type(reduced) is type(plain) and bool(reduced.dequantize().isfinite().all())
+    assert float(reduced.scale.mean()) < float(plain.scale.mean())
