@@ -33,11 +33,13 @@ BITS_16 = 16
 
 @dataclass(frozen=True)
 class Method:
-    """base: `dense`, `nf4`, `gptq` (shared by all that name it), or `own`. init, settings: of the run that makes the factors."""
+    """base: `dense`, `nf4`, `gptq` (shared by all that name it), or `own`. init, settings: of the run that makes the factors.
+    balanced: share the singular values of the product between the factors before training; the product stays."""
 
     base: str
     init: str = "zero"
     settings: tuple[tuple[str, object], ...] = ()
+    balanced: bool = False
 
     def widths(self, bits: list[int]) -> list[int]:
         return {"dense": [BITS_16], "nf4": [4]}.get(self.base, bits)
@@ -51,7 +53,7 @@ METHODS = {
     "qera": Method("gptq", "qera"),
     "eora": Method("gptq", "eora"),
     "cloq": Method("gptq", "cloq"),
-    "cloq-balanced": Method("gptq", "cloq", (("split", "balanced"),)),
+    "cloq-balanced": Method("gptq", "cloq", balanced=True),
     "loftq": Method("own", "loftq", (("quantizer", "rtn"),)),
     "cloq-run": Method("own", "cloq"),
 }
@@ -99,11 +101,12 @@ def run_folder(args: argparse.Namespace, bits: int, method: Method) -> Path | No
     return run(spec, runs / f"{bits}-gptq-{tag}").out
 
 
-def trainable_model(args: argparse.Namespace, folder: Path | None) -> nn.Module:
+def trainable_model(args: argparse.Namespace, folder: Path | None, balanced: bool) -> nn.Module:
     """The base in float32 with the run's adapter, or with LoRA's usual one on the 16-bit model, as a `peft.PeftModel`."""
     from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
     from transformers import AutoModelForCausalLM
 
+    from cloq import linalg
     from cloq.api import RUN_FILE, read_run_file
     from cloq.export.read import QuantizedFolder
     from cloq.models import Decoder, locate, set_weight
@@ -120,7 +123,12 @@ def trainable_model(args: argparse.Namespace, folder: Path | None) -> nn.Module:
         set_weight(model.get_submodule(name), base.weight(name).dequantize())
     config = PeftConfig.from_pretrained(folder / "adapter")
     config.lora_dropout = args.dropout
-    return PeftModel.from_pretrained(model, folder / "adapter", is_trainable=True, config=config)
+    model = PeftModel.from_pretrained(model, folder / "adapter", is_trainable=True, config=config)
+    for module in model.modules() if balanced else ():
+        if hasattr(module, "lora_A"):
+            A, B = module.lora_A["default"].weight, module.lora_B["default"].weight
+            B.data, A.data = linalg.balance(B.data, A.data)
+    return model
 
 
 # -- training ---------------------------------------------------------------------------------------------------------------
@@ -315,7 +323,7 @@ def main() -> None:
             results[cell] = kept["result"]
             continue
         began = time.perf_counter()
-        model = trainable_model(args, run_folder(args, bits, METHODS[name]))
+        model = trainable_model(args, run_folder(args, bits, METHODS[name]), METHODS[name].balanced)
         results[cell] = train(args, cell, model, texts)
         path.write_text(json.dumps({"cell": asdict(cell), "protocol": protocol, "result": results[cell]}, indent=1))
         before, after = (math.exp(results[cell][when]["test"]) for when in ("before", "after"))
