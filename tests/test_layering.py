@@ -24,8 +24,9 @@ LAYERS = (
     {"store"},
     {"pipeline"},
     {"export"},
-    {"loading", "check", "evaluate", "report", "plan"},
+    {"loading", "check", "evaluate", "report", "plan", "tasks"},
     {"api"},
+    {"benchmark"},
     {"cli"},
     {"__main__"},
 )

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -105,6 +106,16 @@ class AdapterFolder:
     def read(self, name: str) -> LoraFactors:
         """The factors of one layer, float32. Raises `ExportError` if one of the two is missing."""
         return LoraFactors(*(self._tensor(f"{_PREFIX}{name}{suffix}").float() for suffix in (_A, _B)))
+
+    def change(self, name: str) -> Tensor:
+        """What PEFT adds to one layer's weight, `(out, in)`: `B A` times the scaling of adapter_config.json. Raises `ExportError` for an
+        adapter that does anything else besides."""
+        more = sorted(self.keys - self.expected_keys(self.names))
+        if self.config.get("peft_type") != "LORA" or self.config.get("alora_invocation_tokens") or more:
+            what = more[0] if more else f"it is of type {self.config.get('peft_type')}"
+            raise ExportError(f"{self.folder} does more than add B A to weights ({what}); only PEFT itself can run it (--packed)")
+        rank, alpha = self.rank_and_alpha(name)
+        return self.read(name).delta() * (alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank))
 
     def _tensor(self, key: str) -> Tensor:
         if key not in self.keys:
