@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -91,7 +93,8 @@ def evaluate(
     running = [subject for subject in subjects if subject.base is not None]
     prepared = prepare(settings) if tasks is not None and running else None
     text = TEXT if text is None and tasks is None and running else text
-    outcomes = _outcomes(subjects, prepared, text, seq_len, samples, device, decoded, json)
+    with redirect_stdout(sys.stderr):  # libraries print there what is no result
+        outcomes = _outcomes(subjects, prepared, text, seq_len, samples, device, decoded, json)
     run = None if compare else _run_folder(models[0])
     kept = rows or (run / ROWS_FILE if run else None)
     _keep(outcomes, run, kept)

@@ -23,8 +23,8 @@ class Compared(Protocol):
 def score_lines(scores: Sequence[TaskScore], comparisons: Sequence[Compared] = ()) -> list[str]:
     """One table per protocol, accuracies in per cent; then how each model computed, and what else a reader has to know."""
     lines: list[str] = []
-    for protocol in dict.fromkeys(score.protocol for score in scores):
-        lines += _table([score for score in scores if score.protocol == protocol], comparisons, protocol)
+    for protocol, rows in score_tables(scores, comparisons).items():
+        lines += [f"{protocol}, with 95 % intervals", *_aligned(rows)]
     weights = {score.model: score.weights for score in scores}
     lines.append("computed as: " + "; ".join(f"{model}: {how}" for model, how in weights.items()))
     if comparisons:
@@ -35,7 +35,13 @@ def score_lines(scores: Sequence[TaskScore], comparisons: Sequence[Compared] = (
     return lines
 
 
-def _table(scores: Sequence[TaskScore], comparisons: Sequence[Compared], protocol: str) -> list[str]:
+def score_tables(scores: Sequence[TaskScore], comparisons: Sequence[Compared] = ()) -> dict[str, list[list[str]]]:
+    """By protocol: a header, and a row of cells for every task and metric."""
+    protocols = dict.fromkeys(score.protocol for score in scores)
+    return {one: _cells([score for score in scores if score.protocol == one], comparisons) for one in protocols}
+
+
+def _cells(scores: Sequence[TaskScore], comparisons: Sequence[Compared]) -> list[list[str]]:
     models = list(dict.fromkeys(score.model for score in scores))
     found = {(score.task, score.metric, score.model): score for score in scores}
     tests = {(one.task, one.metric, one.model): one for one in comparisons}
@@ -45,9 +51,12 @@ def _table(scores: Sequence[TaskScore], comparisons: Sequence[Compared], protoco
         chance = _number(any_score.chance, metric) if any_score.chance is not None and metric != "perplexity" else wording.UNKNOWN
         cells = [_cell(found.get((task, metric, model)), tests.get((task, metric, model))) for model in models]
         rows.append([task, metric, _rows(any_score), chance, *cells])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    body = ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return [f"{protocol}, with 95 % intervals", *body]
+    return rows
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _rows(score: TaskScore) -> str:

@@ -98,7 +98,7 @@ def _prepare_harness(names: list[str], settings: TaskSettings):
 
     guess = "" if settings.harness else "".join(f" (did you mean {near}?)" for name in names[:1] if (near := nearest(name)))
     harness.require(names, guess)
-    manager = harness.task_manager(settings.include)
+    manager = harness.task_manager(names, settings.include)
     known = set(manager.all_tasks)
     for name in names:
         if name not in known:

@@ -6,6 +6,7 @@ that intervals and comparisons are the same as for our own tasks.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import math
@@ -44,14 +45,27 @@ def require(names: Sequence[str], hint: str = "") -> None:
         raise MissingLibrary("lm-eval", f"the task {', '.join(names)}{hint}", "tasks")
 
 
-def task_manager(include: Path | None = None):
-    """lm-eval's index of tasks, with the user's YAML files in `include`. Takes some seconds."""
+def task_manager(names: Sequence[str] = (), include: Path | None = None):
+    """lm-eval's index of tasks, with the user's YAML files in `include`. The index of all that lm-eval has takes some seconds, so it is not
+    made where the user's folder has every name."""
+    if include is None:
+        return _all_tasks()
+    if not include.is_dir():
+        raise TaskError(f"--include is {include}, which is no folder; name the folder of your task's YAML file")
+    own = _manager(include_path=str(include), include_defaults=False)
+    return own if set(names) <= set(own.all_subtasks) else _manager(include_path=str(include))
+
+
+@functools.cache
+def _all_tasks():
+    return _manager()
+
+
+def _manager(**options: Any):
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     from lm_eval.tasks import TaskManager
 
-    if include is not None and not include.is_dir():
-        raise TaskError(f"--include is {include}, which is no folder; name the folder of your task's YAML file")
-    return TaskManager(include_path=str(include) if include else None)
+    return TaskManager(**options)
 
 
 def load_tasks(manager, names: Sequence[str], limit: int | None, shots: int | None, seed: int) -> HarnessTasks:

@@ -59,7 +59,8 @@ def opened(base: Path, adapter: Path | None, device: str, decoded: bool) -> Iter
         _add_adapter(model, adapter)
         yield _task_model(model, base, f"{dtype}, adapter added")
     else:
-        yield _task_model(_packed(base, adapter, device), base, f"packed {quantized}" if quantized else "adapter by PEFT")
+        model = _packed(base, adapter, device)
+        yield _task_model(model, base, f"packed {quantized}" if quantized else f"{_name(model.dtype)}, adapter by PEFT")
 
 
 @contextmanager
@@ -98,16 +99,23 @@ def _plain(folder: Path, device: str) -> tuple[nn.Module, str]:
 
     dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True).to(device)
+        model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(
-            f"{folder} cannot be loaded by transformers ({(str(error).splitlines() or ['no reason given'])[0][:200]})"
-        ) from error
-    return model, str(model.dtype).removeprefix("torch.")
+        reason = (str(error).splitlines() or ["no reason given"])[0][:200]
+        raise ModelError(f"{folder} cannot be loaded by transformers ({reason})") from error
+    lacking = sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"])
+    if lacking:  # transformers would go on with random numbers
+        raise ModelError(f"{folder} lacks the tensor {lacking[0]}, or has it in another shape; fetch the model again")
+    return model.to(device), _name(model.dtype)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _packed(base: Path, adapter: Path | None, device: str) -> nn.Module:
     """The real libraries. On a CPU without a C++ compiler GPTQ's kernels need `TORCHDYNAMO_DISABLE=1`."""
+    from cloq.check import check_base
     from cloq.loading import load, require_libraries
 
     dtype = {"dtype": torch.float32} if torch.device(device).type == "cpu" else {}
@@ -116,6 +124,9 @@ def _packed(base: Path, adapter: Path | None, device: str) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     require_libraries(base)
+    failed = [finding.what for finding in check_base(base) if not finding.ok]
+    if failed:  # a missing tensor would abort the process
+        raise ModelError(f"{base} cannot be loaded as it is: {failed[0]} (cloq check says more)")
     return AutoModelForCausalLM.from_pretrained(base, **dtype).to(device)
 
 

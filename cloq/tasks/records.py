@@ -25,10 +25,10 @@ def write_records(path: Path, rows: Mapping[str, Sequence[RowResult]]) -> None:
     earlier = read_records(path) if path.exists() else {}
     kept = {label: [row for row in own if (label, row.task) not in new] for label, own in earlier.items()}
     merged = {label: [*kept.get(label, ()), *rows.get(label, ())] for label in (*earlier, *(l for l in rows if l not in earlier))}
-    lines = [json.dumps({"model": label, **asdict(row)}, ensure_ascii=False, default=str) for label, own in merged.items() for row in own]
+    lines = [json.dumps({"model": label, **asdict(row)}, default=str) for label, own in merged.items() for row in own]
     with writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, ("\n".join(lines) + "\n").encode("utf8", "surrogatepass"))
+        write_atomically(path, ("\n".join(lines) + "\n").encode())
 
 
 def read_records(path: Path) -> dict[str, list[RowResult]]:

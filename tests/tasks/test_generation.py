@@ -73,7 +73,9 @@ def test_a_prompt_that_leaves_no_room_loses_its_beginning(tmp_path):
 def test_a_chat_template_writes_the_prompt_where_there_is_one(model):
     with pytest.raises(TaskError, match="no chat template; leave --chat out"):
         chat_prompt(model, "Do.")
-    model.tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+    model.tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+    )
     try:
         assert chat_prompt(model, "Do.") == "<user>Do.<a>"
     finally:

@@ -27,7 +27,9 @@ def test_a_tasks_file_is_found_by_its_name(name, tmp_path):
     assert [row.item for row in found.rows] == [TASKS[name].read(row).after(TASKS[name].description) for row in ROWS[name]]
 
 
-@pytest.mark.parametrize("file", ["ai2_arc_ARC-Easy_validation.jsonl.gz", "ARC-Easy/test.json", "arc_easy.jsonl", "sub/arc-easy_test.parquet"])
+@pytest.mark.parametrize(
+    "file", ["ai2_arc_ARC-Easy_validation.jsonl.gz", "ARC-Easy/test.json", "arc_easy.jsonl", "sub/arc-easy_test.parquet"]
+)
 def test_names_as_data_sets_are_called(file, tmp_path):
     path = tmp_path / file
     path.parent.mkdir(exist_ok=True)
@@ -98,7 +100,10 @@ def test_examples_come_from_training_rows_where_there_are_any(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda row: row.pop("answerKey"), "line 1 has no column answerKey; arc_easy needs question, choices, answerKey; there are question, choices"),
+        (
+            lambda row: row.pop("answerKey"),
+            "line 1 has no column answerKey; arc_easy needs question, choices, answerKey; there are question, choices",
+        ),
         (lambda row: row.update(answerKey="Z"), r"line 1 is no row of arc_easy \(ValueError"),
         (lambda row: row.update(choices={}), r"line 1 is no row of arc_easy \(KeyError"),
     ],
@@ -178,7 +183,9 @@ def test_without_a_hub_and_without_data_it_is_said_at_once(monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(HfApi, "dataset_info", unreachable)
-    with pytest.raises(TaskError, match=r"piqa: no --task-data is given, and the hub does not give baber/piqa \(ConnectionError: no route\)"):
+    with pytest.raises(
+        TaskError, match=r"piqa: no --task-data is given, and the hub does not give baber/piqa \(ConnectionError: no route\)"
+    ):
         read_task(TASKS["piqa"], {})
     with pytest.raises(TaskError, match="svamp has no data set on the hub; name its file"):
         read_task(TASKS["svamp"], {})
