@@ -105,7 +105,8 @@ def _prepare_harness(names: list[str], settings: TaskSettings):
             near = nearest(name, tuple(known))
             hint = f" (did you mean {near}?)" if near else ""
             raise TaskError(f"unknown task {name!r}{hint}: lm-eval does not have it, and cloq has {', '.join(TASKS)}")
-    return harness.load_tasks(manager, names, settings.limit, settings.shots, settings.seed)
+    asked = harness.Asking(settings.limit, settings.shots, settings.seed, settings.max_new_tokens, settings.chat)
+    return harness.load_tasks(manager, names, asked)
 
 
 def answer(model, prepared: PreparedTasks, label: str, progress: Progress | None = None) -> Answers:
@@ -162,7 +163,7 @@ def _answer_harness(model, prepared: PreparedTasks, label: str) -> tuple[list[Ro
     from cloq.tasks.harness import run_tasks
 
     settings, wanted = prepared.settings, prepared.harness
-    rows, aggregates = run_tasks(model, wanted, settings.shots, max(1, settings.batch_tokens // 512))
+    rows, aggregates = run_tasks(model, wanted, max(1, settings.batch_tokens // 512))
     scores = []
     for task in wanted.tasks:
         own = [row for row in rows if row.task == task]

@@ -22,6 +22,22 @@ from cloq.tasks.score import estimate, values_of
 from cloq.tasks.spec import RowResult
 
 
+@dataclass(frozen=True)
+class Asking:
+    """How lm-eval is to ask. limit: rows of each task, drawn by `seed`. shots: `None` for a task's own number."""
+
+    limit: int | None = None
+    shots: int | None = None
+    seed: int = 0
+    max_new_tokens: int | None = None
+    chat: bool = False
+
+    def changes(self, generative: bool) -> str:
+        """What differs from the task's own configuration, for the protocol."""
+        most = f", at most {self.max_new_tokens} new tokens" if self.max_new_tokens and generative else ""
+        return (", chat template" if self.chat else "") + most
+
+
 @dataclass(frozen=True, eq=False)
 class HarnessTasks:
     """Tasks with their data, ready to be run. tasks: by name, lm-eval's objects. manager: which loaded them. samples: numbers of the rows
@@ -32,11 +48,14 @@ class HarnessTasks:
     samples: Mapping[str, list[int]]
     totals: Mapping[str, int]
     shots: Mapping[str, int]
-    seed: int
+    asked: Asking
 
     def protocol(self, task: str) -> str:
         shots = self.shots[task]
-        return f"lm-eval, {shots}-shot" + (f" (seed {self.seed})" if shots else "")
+        return f"lm-eval, {shots}-shot" + (f" (seed {self.asked.seed})" if shots else "") + self.asked.changes(self.generates(task))
+
+    def generates(self, task: str) -> bool:
+        return self.tasks[task].get_config("output_type") == "generate_until"
 
 
 def require(names: Sequence[str], hint: str = "") -> None:
@@ -68,7 +87,7 @@ def _manager(**options: Any):
     return TaskManager(**options)
 
 
-def load_tasks(manager, names: Sequence[str], limit: int | None, shots: int | None, seed: int) -> HarnessTasks:
+def load_tasks(manager, names: Sequence[str], asked: Asking) -> HarnessTasks:
     """Tasks with their data; groups are taken apart. Raises `TaskError` if one cannot be loaded, its data above all."""
     tasks: dict[str, Any] = {}
     for name in names:
@@ -81,8 +100,8 @@ def load_tasks(manager, names: Sequence[str], limit: int | None, shots: int | No
                 "that your own YAML names"
             ) from error
     sizes = {name: len(list(task.eval_docs)) for name, task in tasks.items()}
-    samples = {name: _drawn(size, limit, seed) for name, size in sizes.items()}
-    return HarnessTasks(tasks, manager, samples, sizes, {name: _shots(task, shots) for name, task in tasks.items()}, seed)
+    samples = {name: _drawn(size, asked.limit, asked.seed) for name, size in sizes.items()}
+    return HarnessTasks(tasks, manager, samples, sizes, {name: _shots(task, asked.shots) for name, task in tasks.items()}, asked)
 
 
 def _drawn(size: int, limit: int | None, seed: int) -> list[int]:
@@ -105,17 +124,24 @@ class Aggregate:
     stderr: float
 
 
-def run_tasks(model: TaskModel, wanted: HarnessTasks, shots: int | None, batch_size: int) -> tuple[list[RowResult], list[Aggregate]]:
+def run_tasks(model: TaskModel, wanted: HarnessTasks, batch_size: int) -> tuple[list[RowResult], list[Aggregate]]:
     """Every row of every task, and the scores that rows do not give. A metric under a filter is called `metric,filter`."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    seed, limit = wanted.seed, {"max_length": model.max_positions} if model.max_positions else {}
+    asked, limit = wanted.asked, {"max_length": model.max_positions} if model.max_positions else {}
     lm = HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=batch_size, **limit)
-    found = simple_evaluate(
-        lm, tasks=list(wanted.tasks.values()), num_fewshot=shots, samples=dict(wanted.samples), task_manager=wanted.manager,
-        log_samples=True, bootstrap_iters=1000, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
-    )  # fmt: skip
+    seeds = {f"{kind}_seed": asked.seed for kind in ("random", "numpy_random", "torch_random", "fewshot_random")}
+    try:
+        found = simple_evaluate(
+            lm, tasks=list(wanted.tasks.values()), num_fewshot=asked.shots, samples=dict(wanted.samples), task_manager=wanted.manager,
+            gen_kwargs={"max_gen_toks": asked.max_new_tokens} if asked.max_new_tokens else None, apply_chat_template=asked.chat,
+            log_samples=True, bootstrap_iters=1000, **seeds,
+        )  # fmt: skip
+    except (AssertionError, ValueError) as error:  # a task that does not fit the model, its context above all
+        raise TaskError(
+            f"lm-eval cannot run {', '.join(wanted.tasks)} on this model ({(str(error).splitlines() or ['?'])[0][:300]})"
+        ) from error
     rows = [row for name, samples in found["samples"].items() for row in _rows(name, samples, wanted.protocol(name))]
     return _without_aggregates(rows, _aggregates(found["results"], wanted.tasks))
 

@@ -49,7 +49,6 @@ _ALL = (
     ),
     Task(
         "basic_arithmetic", _CHOICES, options.question_answer, _ACC, _QA, ("basic_arithmetic", "allenai_basic_arithmetic"),
-        "allenai/basic_arithmetic::validation",
     ),
     Task(
         "boolq", ("passage", "question", "label|answer"), options.boolq, _ACC, "passage\\n" + "Question: …?\\nAnswer:",

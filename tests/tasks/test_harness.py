@@ -118,6 +118,27 @@ def test_examples_are_lm_evals(folder, model):
 
 
 @lm_eval
+def test_what_the_user_changes_reaches_lm_eval_and_the_protocol(folder, model):
+    asked = TaskSettings(("my_triviaqa", "my_arc_easy"), include=folder, max_new_tokens=3, limit=2)
+    one = answer(model, prepare(asked), "theirs")
+    assert {score.task: score.protocol for score in one.scores} == {
+        "my_triviaqa": "lm-eval, 0-shot, at most 3 new tokens",
+        "my_arc_easy": "lm-eval, 0-shot",
+    }
+    assert all(len(row.detail["responses"][0]) <= 3 for row in one.rows if row.task == "my_triviaqa")
+    model.tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    try:
+        chat = answer(model, prepare(TaskSettings(("my_arc_easy",), include=folder, chat=True)), "theirs")
+    finally:
+        model.tokenizer.chat_template = None
+    plain = answer(model, prepare(TaskSettings(("my_arc_easy",), include=folder)), "theirs")
+    assert chat.scores[0].protocol == "lm-eval, 0-shot, chat template"
+    assert [row.detail for row in chat.rows] != [row.detail for row in plain.rows]
+    with pytest.raises(TaskError, match=r"lm-eval cannot run my_triviaqa on this model \(.*max"):
+        answer(model, prepare(TaskSettings(("my_triviaqa",), include=folder, max_new_tokens=5000)), "theirs")
+
+
+@lm_eval
 def test_what_cannot_be_loaded_is_one_line(folder, tmp_path):
     yaml = json.loads((folder / "arc_easy.yaml").read_text()) | {
         "dataset_kwargs": {"data_files": {"validation": str(tmp_path / "none.jsonl")}}

@@ -131,7 +131,7 @@ def test_missing_empty_and_broken_files_are_refused(tmp_path):
     with pytest.raises(CalibrationError, match="line 1: not valid JSON"):
         read("piqa", tmp_path)
     (tmp_path / "piqa.jsonl").write_text("[1, 2]")
-    with pytest.raises(TaskError, match="has no column|is no object"):
+    with pytest.raises(TaskError, match=r"has no column|is no object"):
         read("piqa", tmp_path / "piqa.jsonl")
 
 
