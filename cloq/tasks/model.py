@@ -2,7 +2,7 @@
 
 Two ways for a quantized base. `decoded`: every weight is decoded once into a dense float32 model and the adapter's product is added to it,
 the function that base and adapter are. `packed`: the libraries' own kernels and PEFT, as users run it; a CPU decodes every weight again
-on every call there, some ten times slower.
+on every call there, several times slower.
 """
 
 from __future__ import annotations
