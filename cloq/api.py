@@ -167,7 +167,7 @@ def evaluate_tokens(
     def add_adapter(index: int, linears: dict) -> None:
         for name, module in linears.items():
             if name in factors.names:
-                set_weight(module, base.weight(name, module) + factors.read(name).delta().to(base.device))
+                set_weight(module, base.weight(name, module) + factors.delta(name).to(base.device))
 
     models = [("base", base, None), ("base + adapter", base, add_adapter)]
     if dense:

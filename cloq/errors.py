@@ -29,6 +29,10 @@ class ExportError(CloqError):
     """A format cannot hold this result, or a folder is not what its configuration says."""
 
 
+class TaskError(CloqError):
+    """A task is unknown, or its data are missing, lack a column, or do not fit the model's context."""
+
+
 class MissingLibrary(CloqError, ImportError):
     """An optional library is needed; the message holds the pip command."""
 

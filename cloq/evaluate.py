@@ -22,12 +22,14 @@ SetWeights = Callable[[int, dict[str, nn.Module]], None]
 
 @dataclass(frozen=True)
 class Perplexity:
-    """value: exp of the mean negative log-likelihood in nats. tokens: predicted ones. stderr: of the mean log-likelihood over sequences."""
+    """value: exp of the mean negative log-likelihood in nats. tokens: predicted ones. stderr: of the mean log-likelihood over sequences.
+    losses: mean negative log-likelihood of every sequence."""
 
     value: float
     tokens: int
     stderr: float
     protocol: str
+    losses: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,9 @@ def perplexity(
             progress(index + 1, len(decoder.blocks))
     losses = sequence_losses(decoder, batches, tokens)
     stderr = float(losses.std() / math.sqrt(len(losses))) if len(losses) > 1 else float("nan")
-    return Perplexity(math.exp(float(losses.mean())), tokens.numel() - len(tokens), stderr, f"chunks-{tokens.shape[1]}")
+    return Perplexity(
+        math.exp(float(losses.mean())), tokens.numel() - len(tokens), stderr, f"chunks-{tokens.shape[1]}", tuple(losses.tolist())
+    )
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ class Pair:
         folder = locate(str(base or base_folder(out, factors)))
         if base is None:
             _refuse_another_base(factors, folder, out)
-        _refuse_more_than_lora(factors)
+        factors.refuse_more_than_lora()
         source = QuantizedFolder(folder)
         decoder = source.decoder(trust_remote_code=trust_remote_code)
         return cls(folder, source, decoder, factors, _adapted(factors, decoder))
@@ -84,29 +84,6 @@ def _same_content(one: Path, other: Path) -> bool:
         return QuantizedFolder(one).fingerprint() == QuantizedFolder(other).fingerprint()
     except CloqError:
         return False
-
-
-_PLAIN: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # the others take something out of the base when loaded
-}
-_EXTRAS = (
-    "use_dora", "lora_bias", "modules_to_save", "target_parameters", "trainable_token_indices", "layer_replication",
-    "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config",
-)  # fmt: skip
-
-
-def _refuse_more_than_lora(adapter: AdapterFolder) -> None:
-    config = adapter.config
-    odd = [f"{key} is {config[key]!r}" for key, plain in _PLAIN.items() if config.get(key, plain[0]) not in plain]
-    odd += [f"{key} is {config[key]!r}" for key in _EXTRAS if config.get(key)]
-    odd += adapter.other_keys()
-    if odd:
-        raise ExportError(
-            f"the adapter in {adapter.folder} is more than a plain LoRA of linear layers ({odd[0]}), which B A alone does not give; "
-            "merge it with PEFT: export the base with cloq export --format dense, then merge_and_unload()"
-        )
 
 
 def _adapted(adapter: AdapterFolder, decoder: Decoder) -> dict[str, nn.Module]:

@@ -24,8 +24,9 @@ LAYERS = (
     {"store"},
     {"pipeline"},
     {"export"},
-    {"loading", "pairing", "merging", "generating", "check", "evaluate", "report", "plan"},
+    {"loading", "pairing", "merging", "generating", "check", "evaluate", "report", "plan", "tasks"},
     {"api"},
+    {"benchmark"},
     {"cli"},
     {"__main__"},
 )

@@ -67,6 +67,11 @@ def _suffix(file: Path) -> str:
     return "" if name.endswith(".gz") and inner == ".parquet" else inner
 
 
+def file_rows(file: Path) -> Iterator[Row]:
+    """The rows of one JSON or Parquet file as they are, each with its place. Raises `CalibrationError` for what cannot be read."""
+    return _parquet_rows(file) if _suffix(file) == ".parquet" else _json_rows(file)
+
+
 def _file_passages(file: Path, column: str | None, tokenizer) -> Iterator[str]:
     suffix = _suffix(file)
     if suffix in JSON_SUFFIXES:

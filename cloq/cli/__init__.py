@@ -6,7 +6,8 @@ import sys
 
 import typer
 
-import cloq.cli.use  # noqa: F401 - adds its commands
+import cloq.cli.evaluate
+import cloq.cli.use  # noqa: F401 - they add their commands
 from cloq.cli.app import app
 from cloq.errors import CloqError
 

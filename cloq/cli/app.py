@@ -26,7 +26,6 @@ Restart = Annotated[bool, typer.Option("--restart", help="Discard what is in the
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Json = Annotated[bool, typer.Option("--json", help="JSON on standard output instead of a progress bar and tables.")]
 Run = Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a finished run.")]
-Text = Annotated[str, typer.Option("--text", help="Evaluation text: a file, or any source that --calib takes.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -126,28 +125,6 @@ def check(out: Run, json: Json = False) -> None:
     findings = findings_of(out)
     _print([{"ok": f.ok, "what": f.what} for f in findings], [f"{'ok  ' if f.ok else 'FAIL'}  {f.what}" for f in findings], json)
     raise typer.Exit(0 if all(f.ok for f in findings) else 1)
-
-
-@app.command()
-def eval(
-    out: Run,
-    text: Text = "Salesforce/wikitext:wikitext-2-raw-v1:test",
-    seq_len: Annotated[int, typer.Option("--seq-len", help="Tokens per sequence; part of the protocol's name.")] = 2048,
-    samples: Annotated[int | None, typer.Option("--samples", help="Only the first sequences.", show_default="all")] = None,
-    dense: Annotated[bool, typer.Option("--dense/--no-dense", help="Also the 16-bit model that the run started from.")] = True,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    json: Json = False,
-) -> None:
-    """Perplexity of the 16-bit model, the base alone and the base with its adapter, as their files decode. Added to the report."""
-    from cloq.api import evaluate
-    from cloq.cli.progress import counting
-    from cloq.models import quiet_libraries
-    from cloq.report import quality_lines
-
-    quiet_libraries()
-    with counting("evaluating", quiet=json) as count:
-        found = evaluate(out, text=text, seq_len=seq_len, samples=samples, dense=dense, device=device, progress=count)
-    _print([q.to_dict() for q in found], quality_lines(found), json)
 
 
 @app.command()

@@ -6,11 +6,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -82,6 +85,17 @@ def _targets(ranks: dict[str, int], modules: Iterable[str]) -> set[str]:
     return short if picked <= set(ranks) else set(ranks)
 
 
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # the others take something out of the base when loaded
+}
+_EXTRAS = (
+    "use_dora", "lora_bias", "modules_to_save", "target_parameters", "trainable_token_indices", "layer_replication",
+    "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config",
+)  # fmt: skip
+
+
 class AdapterFolder:
     """The factors in a PEFT folder, read layer by layer. config: adapter_config.json. names: full names of the layers with
     factors.
@@ -106,20 +120,32 @@ class AdapterFolder:
         return LoraFactors(*(self._tensor(f"{_PREFIX}{name}{suffix}").float() for suffix in (_A, _B)))
 
     def delta(self, name: str) -> Tensor:
-        """What PEFT adds to a layer's weight, `(out, in)` float32: `B A` times alpha / r, or alpha / √r where it is rank-stabilised."""
+        """What PEFT adds to a layer's weight, `(out, in)` float32: `B A` times alpha / r, or alpha / √r where it is rank-stabilised.
+        Raises `ExportError` for an adapter that does anything else besides."""
+        self.refuse_more_than_lora()
         rank, alpha = self.rank_and_alpha(name)
-        scaling = alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
-        return self.read(name).delta() * scaling
+        return self.read(name).delta() * (alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank))
+
+    def refuse_more_than_lora(self) -> None:
+        """Raises `ExportError` if the adapter is more than products added to the weights of linear layers."""
+        if self._more_than_lora:
+            raise ExportError(
+                f"the adapter in {self.folder} is more than a plain LoRA of linear layers ({self._more_than_lora[0]}), which B A alone "
+                "does not give. PEFT itself can run it (cloq eval --packed) and merge it: cloq export --format dense, then "
+                "merge_and_unload()"
+            )
+
+    @functools.cached_property
+    def _more_than_lora(self) -> list[str]:
+        known = self.expected_keys(self.names) | {f"{_PREFIX}{name}{_BASE}" for name in self.names}
+        odd = [key for key, plain in _PLAIN.items() if self.config.get(key, plain[0]) not in plain]
+        odd += [key for key in _EXTRAS if self.config.get(key)]
+        return sorted(self.keys - known) + [f"{key} is {self.config[key]!r}" for key in odd]
 
     def base_weight(self, name: str) -> Tensor | None:
         """The layer's own weight, which PEFT saves and loads with the factors of heads and embeddings; `None` where it did not."""
         key = f"{_PREFIX}{name}{_BASE}"
         return self._file.get_tensor(key) if key in self.keys else None
-
-    def other_keys(self) -> list[str]:
-        """Names of what is neither a factor nor such a weight."""
-        known = self.expected_keys(self.names) | {f"{_PREFIX}{name}{_BASE}" for name in self.names}
-        return sorted(self.keys - known)
 
     def _tensor(self, key: str) -> Tensor:
         if key not in self.keys:

@@ -11,6 +11,7 @@ from cloq.evaluate import Quality
 from cloq.report.record import Report
 from cloq.report.tables import layers_csv
 from cloq.store import write_atomically, writing
+from cloq.tasks.spec import TaskScore
 
 REPORT_FILE = "report.json"
 
@@ -58,8 +59,18 @@ def add_quality(out: str | Path, found: Sequence[Quality]) -> Report:
     return report
 
 
+def add_tasks(out: str | Path, found: Sequence[TaskScore]) -> Report:
+    """Adds scores on tasks to a run's report and rewrites its files. A number for the same model, task, metric and protocol is replaced."""
+    report = read_report(out)
+    new = {(s.model, s.task, s.metric, s.protocol) for s in found}
+    kept = [s for s in report.tasks if (s.model, s.task, s.metric, s.protocol) not in new]
+    report = report.replace(tasks=(*kept, *found))
+    write_report(out, report)
+    return report
+
+
 def carry_over(out: str | Path, report: Report) -> Report:
-    """The report with what an earlier one of the same layers knows besides: perplexities, time and memory of the run that did it.
+    """The report with what an earlier one of the same layers knows besides: perplexities, scores, time and memory of the run that did it.
 
     A command that is repeated on a finished run computes nothing and should not forget what is known.
     """
@@ -73,6 +84,7 @@ def carry_over(out: str | Path, report: Report) -> Report:
         return report
     return report.replace(
         quality=earlier.quality,
+        tasks=earlier.tasks,
         seconds=earlier.seconds,
         phases=earlier.phases,
         peak_memory=earlier.peak_memory,

@@ -12,6 +12,7 @@ from typing import Any
 from cloq import __version__
 from cloq.report import figures, wording
 from cloq.report.record import STORED_ADAPTER_BITS, Report, share_repaired
+from cloq.report.scores import score_tables
 from cloq.report.style import CSS
 from cloq.report.tables import by_text, damage_repaired, uncertainty
 from cloq.report.wording import duration, error, percent, perplexity, plural, size
@@ -25,7 +26,7 @@ def page(report: Report) -> str:
     """The whole page as HTML."""
     title = f"{escape(report.model_name())}, {report.spec.quant.bits} bits"
     parts = (
-        _head(report, title), _tiles(report), _quality(report), _errors(report), _repaired(report), _spectrum(report),
+        _head(report, title), _tiles(report), _quality(report), _tasks(report), _errors(report), _repaired(report), _spectrum(report),
         _time(report), _course(report), _settings(report), _layers(report),
     )  # fmt: skip
     return f"""<!doctype html>
@@ -108,6 +109,15 @@ def _quality(report: Report) -> str:
         text += _table(("model", "perplexity ± standard error"), body)
         about = f"{escape(source)}, {plural(rows[0].tokens, 'token')}, protocol {escape(protocol)}: sequences without overlap."
         text += f'<p class="note">{about}{verdict}</p>\n'
+    return text
+
+
+def _tasks(report: Report) -> str:
+    if not report.tasks:
+        return ""
+    text = "<h2>Tasks</h2>\n<p>Accuracies in per cent, with 95 % intervals. Chance is what guessing gives.</p>\n"
+    for protocol, (header, *rows) in score_tables(report.tasks).items():
+        text += _table(header, rows) + f'<p class="note">Asked by {escape(protocol)}.</p>\n'
     return text
 
 

@@ -17,6 +17,7 @@ from cloq.evaluate import Quality
 from cloq.report import wording
 from cloq.specs import RunSpec
 from cloq.store import LayerSummary
+from cloq.tasks.spec import TaskScore
 from cloq.types import LayerMetrics, WeightLayout
 
 STORED_ADAPTER_BITS = 32
@@ -46,7 +47,8 @@ class Report:
     layers: layout and metrics by full name. seconds: of the whole run; phases: the parts of it that were timed.
     form: format of the base in `model/`, `None` where the base was given.
     sizes: bytes of weights on disk, by `original`, `base` and `adapter`. peak_memory: bytes, by `host` and `device`.
-    quality: perplexities, of one or more texts. notes: what concerns the whole run; what concerns one layer is in its metrics.
+    quality: perplexities, of one or more texts. tasks: scores on tasks. notes: what concerns the whole run; what concerns one layer is in
+    its metrics.
     """
 
     spec: RunSpec
@@ -58,6 +60,7 @@ class Report:
     peak_memory: dict[str, int] = dataclasses.field(default_factory=dict)
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     quality: tuple[Quality, ...] = ()
+    tasks: tuple[TaskScore, ...] = ()
     notes: tuple[str, ...] = ()
 
     def __post_init__(self):
@@ -79,6 +82,7 @@ class Report:
             "summary": self.summary(),
             "settings": self.spec.to_dict(),
             "quality": [dataclasses.asdict(q) for q in self.quality],
+            "tasks": [dataclasses.asdict(t) for t in self.tasks],
             "seconds": self.seconds,
             "phases": self.phases,
             "form": self.form,
@@ -98,6 +102,7 @@ class Report:
             RunSpec.from_dict(values["settings"]),
             {name: _layer(described) for name, described in values["layers"].items()},
             quality=tuple(Quality(**{k: math.nan if v is None else v for k, v in q.items()}) for q in values["quality"]),
+            tasks=tuple(_task_score(described) for described in values.get("tasks", ())),  # reports of before have none
             notes=tuple(values["notes"]),
             **plain,
         )
@@ -251,6 +256,11 @@ def _layer(described: dict[str, Any]) -> LayerSummary:
     layout = described["layout"] | {"shape": tuple(described["layout"]["shape"])}
     metrics = {k: tuple(v) if isinstance(v, list) else v for k, v in described["metrics"].items()}
     return LayerSummary(WeightLayout(**layout), LayerMetrics(**metrics))
+
+
+def _task_score(described: dict[str, Any]) -> TaskScore:
+    known = {k: math.nan if v is None and k in ("stderr", "low", "high") else v for k, v in described.items()}
+    return TaskScore(**known)
 
 
 def _json(value: Any) -> Any:

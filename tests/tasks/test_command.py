@@ -1,0 +1,182 @@
+"""`cloq eval` on tasks, on adapters, on plain models, and on several models beside each other."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+
+from cloq.cli import main
+from cloq.report import read_report
+from tests.finished import needs
+from tests.tasks.data import ROWS, wide_model, write_all
+
+TINY = ["--bits", "2", "--group-size", "32", "--rank", "4", "--calib-samples", "4", "--seq-len", "32", "--device", "cpu", "--quiet"]
+TEXT = "A tokenizer of bytes makes much of few words. " * 40
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A model, a text, the tasks' data, and a finished run with a copy of its adapter that was changed a little."""
+    root = tmp_path_factory.mktemp("place")
+    model = wide_model(root / "model", num_hidden_layers=2)
+    (root / "text.txt").write_text(TEXT)
+    write_all(root / "data")
+    assert main(["quantize", str(model), "--calib", str(root / "text.txt"), "--out", str(root / "run"), *TINY]) == 0
+    shutil.copytree(root / "run/adapter", root / "trained")
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(root / "trained/adapter_model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    changed = {name: tensor + 0.05 * torch.randn(tensor.shape, generator=generator) for name, tensor in weights.items()}
+    save_file(changed, root / "trained/adapter_model.safetensors", {"format": "pt"})
+    return root
+
+
+@pytest.fixture
+def evaluate(place, capsys):
+    """Runs `cloq eval … --json` and gives what it printed."""
+
+    def run(*argv):
+        assert main(["eval", *map(str, argv), "--device", "cpu", "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    return run
+
+
+def tasks(place, *names: str) -> list:
+    return ["--tasks", ",".join(names), "--task-data", place / "data"]
+
+
+def test_a_run_is_three_models_and_its_report_keeps_their_scores(place, evaluate):
+    found = evaluate(place / "run", *tasks(place, "arc_easy", "lambada"))
+    scores = [one for one in found["results"] if one["metric"] == "acc_norm"]
+    assert [one["model"] for one in scores] == ["16-bit", "base", "base + adapter"]
+    assert [one["weights"] for one in scores] == ["float32", *["gptq 2-bit decoded to float32"] * 2]
+    assert {(one["model"], one["first"]) for one in found["comparisons"]} == {("base", "16-bit"), ("base + adapter", "16-bit")}
+    kept = [one for one in read_report(place / "run").tasks if one.metric == "acc_norm"]
+    assert [(one.model, one.value, one.low) for one in kept] == [(one["model"], one["value"], one["low"]) for one in scores]
+    rows = [json.loads(line) for line in (place / "run/evaluation.jsonl").read_text().splitlines()]
+    assert len(rows) == 3 * (len(ROWS["arc_easy"]) + len(ROWS["lambada_openai"]))
+    assert "arc_easy" in (place / "run/report.html").read_text()
+
+
+def test_a_repeated_evaluation_replaces_its_numbers_and_perplexities_stay(place, evaluate):
+    evaluate(place / "run", "--text", place / "text.txt", "--seq-len", 32, "--samples", 4)
+    evaluate(place / "run", *tasks(place, "piqa"))
+    evaluate(place / "run", *tasks(place, "piqa"), "--no-dense")
+    report = read_report(place / "run")
+    assert [one.model for one in report.quality] == ["16-bit", "base", "base + adapter"]
+    assert sorted(one.model for one in report.tasks if one.task == "piqa" and one.metric == "acc") == ["16-bit", "base", "base + adapter"]
+
+
+def test_a_trained_adapter_stands_beside_the_runs_models_or_alone(place, evaluate):
+    beside = evaluate(place / "run", *tasks(place, "lambada"), "--adapter", place / "trained", "--no-dense")["results"]
+    logs = {one["model"]: one["value"] for one in beside if one["metric"] == "perplexity"}
+    assert list(logs) == ["base", "base + adapter", "base + trained"] and logs["base + trained"] != logs["base + adapter"]
+    alone = evaluate(place / "trained", *tasks(place, "lambada"))
+    assert next(one["value"] for one in alone if one["metric"] == "perplexity") == pytest.approx(logs["base + trained"], rel=1e-6)
+    given = evaluate(place / "run/model", *tasks(place, "lambada"), "--adapter", place / "trained")
+    assert given[1]["value"] == pytest.approx(logs["base + trained"], rel=1e-6) and given[1]["model"] == "model + trained"
+
+
+def test_perplexity_of_an_adapter_and_of_a_plain_model(place, evaluate):
+    text = ["--text", place / "text.txt", "--seq-len", 32, "--samples", 4]
+    run = {one["model"]: one["perplexity"] for one in evaluate(place / "run", *text, "--adapter", place / "trained")}
+    assert evaluate(place / "model", *text)[0]["perplexity"] == pytest.approx(run["16-bit"], rel=1e-6)
+    assert evaluate(place / "run/adapter", *text)[0]["perplexity"] == pytest.approx(run["base + adapter"], rel=1e-6)
+    assert evaluate(place / "trained", *text)[0]["perplexity"] == pytest.approx(run["base + trained"], rel=1e-6)
+
+
+@needs("gptqmodel", "optimum")
+def test_packed_and_decoded_agree(place, evaluate):
+    wanted = ["--no-dense", *tasks(place, "lambada")]
+    decoded, packed = (evaluate(place / "run", flag, *wanted)["results"] for flag in ("--decoded", "--packed"))
+    assert {one["weights"] for one in packed} == {"packed gptq 2-bit"}
+    for a, b in zip(decoded, packed, strict=True):
+        assert (
+            math.log(a["value"]) == pytest.approx(math.log(b["value"]), abs=2e-2)
+            if a["metric"] == "perplexity"
+            else a["value"] == b["value"]
+        )
+
+
+def test_models_are_compared_now_and_from_stored_rows_later(place, evaluate, tmp_path):
+    asked = [*tasks(place, "arc_easy"), "--text", place / "text.txt", "--seq-len", 32, "--samples", 6]
+    rows = tmp_path / "rows.jsonl"
+    now = evaluate("--compare", f"full={place / 'model'}", place / "run", f"tuned={place / 'trained'}", *asked, "--rows", rows)
+    later = evaluate("--compare", rows)
+    assert now["comparisons"] == later["comparisons"]
+    assert [
+        (one["model"], one["task"].rpartition("/")[2], one["metric"], one["test"]) for one in now["comparisons"] if one["model"] == "run"
+    ] == [
+        ("run", "text.txt", "perplexity", "paired t"),
+        ("run", "arc_easy", "acc", "McNemar, exact"),
+        ("run", "arc_easy", "acc_norm", "McNemar, exact"),
+    ]
+    values = [{(one["model"], one["metric"]): one["value"] for one in found["results"] if "metric" in one} for found in (now, later)]
+    assert values[0] == pytest.approx(values[1])
+    assert evaluate("--compare", rows, f"again={place / 'model'}", *asked)["comparisons"][-1]["p"] == 1.0
+
+
+def test_tables_say_what_was_done(place, capsys):
+    argv = ["eval", "--compare", place / "model", place / "run", *tasks(place, "arc_easy", "svamp"), "--limit", 3, "--max-new-tokens", 4]
+    assert main([str(a) for a in argv]) == 0
+    said = capsys.readouterr().out
+    assert "cloq, 0-shot, with 95 % intervals" in said and "cloq, 0-shot, at most 4 new tokens" in said
+    assert "3 of 8" in said and "computed as: model: float32; run: gptq 2-bit decoded to float32" in said
+    assert "p: against model on the same rows (McNemar, exact), not corrected" in said
+
+
+def test_prompts_that_do_not_fit_are_counted(place, capsys, tmp_path):
+    short = wide_model(tmp_path / "short", max_position_embeddings=40)
+    assert main([str(a) for a in ("eval", short, *tasks(place, "arc_easy"))]) == 0
+    assert "arc_easy: 8 prompts longer than the context lost the beginning" in capsys.readouterr().out
+
+
+@needs("lm_eval")
+def test_lm_eval_runs_on_the_same_models(place, evaluate, tmp_path):
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"validation": str(place / "data/piqa_validation.jsonl")}}}
+    yaml = {
+        "task": "mine", "output_type": "multiple_choice", "validation_split": "validation", "doc_to_text": "Question: {{goal}}\nAnswer:",
+        "doc_to_choice": "{{[sol1, sol2]}}", "doc_to_target": "label", "metric_list": [{"metric": "acc"}],
+    }  # fmt: skip
+    (tmp_path / "mine.yaml").write_text(json.dumps(yaml | data))
+    theirs = evaluate(place / "run", "--tasks", "mine", "--include", tmp_path)["results"]
+    own = evaluate(place / "run", *tasks(place, "piqa"))["results"]
+    assert [one["value"] for one in theirs] == [one["value"] for one in own if one["metric"] == "acc"]
+    assert [one["model"] for one in theirs] == ["16-bit", "base", "base + adapter"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--tasks", "piqa", "--limit", "0"], "--limit is 0; it must be at least 1"),
+        (["--tasks", ""], "no task is named; known: arc_easy"),
+        (["--tasks", "piqa,piqa"], "a task is named twice"),
+        (["--tasks", "lambada,lambada_openai"], "a task is named twice"),
+        (["--tasks", "piqa", "--task-data", "boolq=x"], "--task-data names boolq, which is not among the tasks piqa"),
+        (["--tasks", "piqa", "--task-data", "piqa=nowhere"], "piqa: there is no file or folder nowhere"),
+        (["--tasks", "svamp", "--chat", "--shots", "2"], "--chat asks without examples"),
+        (["--tasks", "piqa", "--shots", "-1"], "--shots is -1; allowed: 0 to 100"),
+        (["other"], "2 models are named; to set them beside each other: cloq eval --compare"),
+        (["--compare"], "--compare needs two models or more"),
+        (["--compare", "--adapter", "x"], "--adapter and --compare do not go together"),
+    ],
+)
+def test_bad_input_is_one_line_and_loads_no_model(argv, said, place, capsys, monkeypatch):
+    monkeypatch.setattr("cloq.tasks.model.opened", lambda *_: pytest.fail("a model was loaded"))
+    assert main(["eval", str(place / "run"), *argv]) == 2
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error
+
+
+def test_names_that_are_nothing_are_refused(place, capsys, tmp_path):
+    for argv, said in (
+        (["no-such-run"], "no-such-run is no folder of a run, an adapter or a model, no stored rows, and no hub id"),
+        (["--compare", str(place / "run"), f"a={place / 'model'}", f"a={place / 'trained'}"], "two models would be called 'a'"),
+        (["--compare", str(place / "text.jsonl"), str(place / "run")], "text.jsonl"),
+    ):
+        assert main(["eval", *argv]) == 2
+        assert said in capsys.readouterr().err
