@@ -24,8 +24,10 @@ LAYERS = (
     {"store"},
     {"pipeline"},
     {"export"},
+    {"frozen"},
     {"loading", "check", "evaluate", "report", "plan"},
     {"api"},
+    {"training"},
     {"cli"},
     {"__main__"},
 )
