@@ -14,6 +14,8 @@ _PUBLIC = {
     "quantize": "cloq.api",
     "load": "cloq.loading",
     "closed_form": "cloq.initializers",
+    "train": "cloq.training",
+    "TrainSpec": "cloq.training",
     "RunSpec": "cloq.specs",
     "QuantSpec": "cloq.specs",
     "LoraSpec": "cloq.specs",
@@ -22,7 +24,7 @@ _PUBLIC = {
     "CloqError": "cloq.errors",
 }
 
-__all__ = ["CalibSpec", "CloqError", "LoraSpec", "QuantSpec", "Rule", "RunSpec", "__version__", "closed_form", "load", "quantize"]
+__all__ = ["CalibSpec", "CloqError", "LoraSpec", "QuantSpec", "Rule", "RunSpec", "TrainSpec", "__version__", "closed_form", "load", "quantize", "train"]
 
 if TYPE_CHECKING:
     from cloq.api import quantize
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from cloq.initializers import closed_form
     from cloq.loading import load
     from cloq.specs import CalibSpec, LoraSpec, QuantSpec, Rule, RunSpec
+    from cloq.training import TrainSpec, train
 
 
 def __getattr__(name: str):

@@ -27,9 +27,8 @@ class _DecodedProduct(torch.autograd.Function):
 
 
 def _decoded(layer: nn.Module, dtype: torch.dtype) -> Tensor:
-    """`(in, out)`. GPTQModel wraps the method with torch.compile, which pays on a GPU; on a CPU it would need a C++ compiler."""
-    weight = layer.dequantize_weight() if layer.qweight.is_cuda else type(layer).dequantize_weight(layer)
-    return weight.to(dtype)
+    """`(in, out)`."""
+    return layer.dequantize_weight().to(dtype)
 
 
 def decode_again(model: nn.Module) -> int:
@@ -40,6 +39,8 @@ def decode_again(model: nn.Module) -> int:
     """
     layers = [module for module in model.modules() if _decodes_and_multiplies(module)]
     for layer in layers:
+        if not layer.qweight.is_cuda:  # GPTQModel wraps it with torch.compile, which on a CPU needs a C++ compiler and gains little
+            vars(layer).pop("dequantize_weight", None)
         layer.forward = functools.partial(_forward, layer, layer.forward)
     return len(layers)
 

@@ -6,6 +6,7 @@ import sys
 
 import typer
 
+from cloq.cli import train as _train  # noqa: F401 - registers its command
 from cloq.cli.app import app
 from cloq.errors import CloqError
 

@@ -6,21 +6,22 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 Emit = Callable[[str, dict[str, Any]], None]
 
 
 @contextmanager
-def progress(mode: str) -> Iterator[Emit]:
-    """mode: `bar` for people, `json` for one JSON object per line on standard output, `quiet` for nothing."""
+def progress(mode: str, bar: Callable[[], AbstractContextManager[Emit]] | None = None) -> Iterator[Emit]:
+    """mode: `bar` for people, `json` for one JSON object per line on standard output, `quiet` for nothing. bar: instead of the one for
+    quantizing."""
     if mode == "json":
         yield _json_line
     elif mode == "quiet":
         yield lambda event, values: None
     else:
-        with _bar() as emit:
+        with (bar or _bar)() as emit:
             yield emit
 
 
