@@ -115,10 +115,11 @@ def _train(run: Path | None, to: Path | None, config: Path | None, restart: bool
 
     spec = resolve(run, config, settings)  # before the heavy imports
     from cloq.models import quiet_libraries
+
+    quiet_libraries()
     from cloq.training.processes import is_main
     from cloq.training.run import run as execute
 
-    quiet_libraries()
     with progress(mode if is_main() else "quiet", _bar) as emit:
         result = execute(spec, to, restart=restart, emit=emit)
         emit("done", {"adapter": str(result.adapter), "steps": len(result.report["steps"]), "seconds": result.report["seconds"]})

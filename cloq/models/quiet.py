@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import io
 import logging
 import os
+import warnings
 
 _CHATTER = (
     "torchao",  # "Failed to load …so": its CUDA kernels, on a machine that has none
@@ -20,6 +24,12 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when transformers is imported
     for name in _CHATTER:
         logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of its own, about names that PEFT uses
+    if importlib.util.find_spec("logbar"):  # GPTQModel's, which prints a banner
+        from logbar import LogBar
+
+        with contextlib.redirect_stdout(io.StringIO()):  # the logger's first act is to print an empty line
+            LogBar.shared().setLevel("ERROR")
     from transformers.utils import logging as theirs
 
     theirs.set_tqdm_hook(lambda factory, args, kwargs: factory(*args, **(kwargs | {"disable": True})))

@@ -129,8 +129,6 @@ def training_arguments(spec: TrainSpec, folder: TrainingFolder) -> TrainingArgum
         weight_decay=spec.weight_decay,
         optim=OPTIMIZERS[spec.optimizer],
         max_grad_norm=spec.max_grad_norm,
-        gradient_checkpointing=spec.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if spec.gradient_checkpointing else None,
         bf16=spec.precision == "bf16" or (spec.precision == "auto" and not cpu and torch.cuda.is_bf16_supported()),
         use_cpu=cpu,
         ddp_find_unused_parameters=False,

@@ -92,7 +92,8 @@ def prepare(model: nn.Module, spec: TrainSpec) -> nn.Module:
         if isinstance(layer, LoraLayer):
             layer.lora_dropout[model.active_adapter] = nn.Dropout(spec.dropout) if spec.dropout else nn.Identity()
     if spec.gradient_checkpointing:
-        model.enable_input_require_grads()
+        model.enable_input_require_grads()  # nothing else below the first factors has a gradient, and then no block would be run again
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     refuse_frozen(model)
     return model
 
