@@ -10,6 +10,7 @@ import os
 import warnings
 
 _CHATTER = (
+    "huggingface_hub.repocard",  # an adapter's README without metadata, which PEFT writes
     "torchao",  # "Failed to load …so": its CUDA kernels, on a machine that has none
     "bitsandbytes",  # a faster CPU kernel that it would fetch from the hub
     "torch.utils._pytree",  # deprecations between torch and torchao, at import
@@ -26,9 +27,9 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of its own, about names that PEFT uses
     if importlib.util.find_spec("logbar"):  # GPTQModel's, which prints a banner
-        from logbar import LogBar
+        with contextlib.redirect_stdout(io.StringIO()):  # its import prints an empty line
+            from logbar import LogBar
 
-        with contextlib.redirect_stdout(io.StringIO()):  # the logger's first act is to print an empty line
             LogBar.shared().setLevel("ERROR")
     from transformers.utils import logging as theirs
 

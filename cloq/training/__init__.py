@@ -32,16 +32,19 @@ def train(
 def resolve(run: str | Path | None, config: Path | None, settings: dict[str, Any]) -> TrainSpec:
     """The spec of a training: from the file of an earlier one where there is any, then the recipe, then the settings that were given."""
     from cloq.api import read_settings
-    from cloq.export.read import read_config
 
     base = read_settings(config, TrainSpec, "cloq train") if config else TrainSpec()
-    folder = Path(run or base.run)
-    model = Path(settings.get("base") or base.base or folder / "model")
-    bits = None
-    if settings.get("recipe") and (model / "config.json").is_file():
-        quantization = read_config(model).get("quantization_config") or {}
-        bits = quantization.get("bits") if quantization.get("quant_method") == "gptq" else None
-    return train_spec(base, bits, **({"run": str(folder)} if run else {}), **settings)
+    bits = _bits(Path(settings.get("base") or base.base or Path(run or base.run) / "model")) if settings.get("recipe") else None
+    return train_spec(base, bits, **({"run": str(run)} if run else {}), **settings)
+
+
+def _bits(base: Path) -> int | None:
+    """Bits per weight of a GPTQ base; `None` for any other, which has 4 or more."""
+    from cloq.export.read import read_config
+
+    if not (base / "config.json").is_file():
+        return None
+    return (read_config(base).get("quantization_config") or {}).get("bits")
 
 
 def __getattr__(name: str):

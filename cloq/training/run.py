@@ -88,8 +88,11 @@ def _refuse_unusable(spec: TrainSpec) -> None:
     if spec.optimizer != "adamw":
         if importlib.util.find_spec("bitsandbytes") is None:
             raise MissingLibrary("bitsandbytes", f"the optimizer {spec.optimizer}", "nf4")
-        if not gpu:
-            raise TrainingError(f"the optimizer {spec.optimizer} needs a GPU, and there is none here; use --optimizer adamw")
+        if spec.optimizer.startswith("paged") and not gpu:
+            raise TrainingError(
+                f"the optimizer {spec.optimizer} moves its state between a GPU and the host, and there is no GPU here; use --optimizer adamw "
+                "or adamw-8bit"
+            )
     if spec.precision == "bf16" and gpu and not torch.cuda.is_bf16_supported():
         raise TrainingError("this GPU has no bfloat16; use --precision float32")
     for name in spec.report_to:
