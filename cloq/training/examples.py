@@ -216,7 +216,8 @@ def _encoded(content: Content | _Prompted, where: str, tokenizer, completion_onl
         asked, answer = question(content), content.answer.strip()
         content = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
     if isinstance(content, list):
-        ids, mask = tokenize_parts(chat_parts(content, tokenizer, where), tokenizer)
+        parts = chat_parts(content, tokenizer, where) if completion_only else [(render(content, tokenizer, where, FLAG), True)]
+        ids, mask = tokenize_parts(parts, tokenizer)
     else:
         ids, mask = tokenize_parts(_plain_parts(content), tokenizer)
         start = sequence_start(tokenizer)
