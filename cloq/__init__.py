@@ -24,7 +24,20 @@ _PUBLIC = {
     "CloqError": "cloq.errors",
 }
 
-__all__ = ["CalibSpec", "CloqError", "LoraSpec", "QuantSpec", "Rule", "RunSpec", "TrainSpec", "__version__", "closed_form", "load", "quantize", "train"]
+__all__ = [
+    "CalibSpec",
+    "CloqError",
+    "LoraSpec",
+    "QuantSpec",
+    "Rule",
+    "RunSpec",
+    "TrainSpec",
+    "__version__",
+    "closed_form",
+    "load",
+    "quantize",
+    "train",
+]
 
 if TYPE_CHECKING:
     from cloq.api import quantize

@@ -1,8 +1,8 @@
 """Packed layers under training: the backward pass decodes them again instead of keeping what the forward pass decoded.
 
-A layer computes `y = x W`, and the gradient with respect to `x` needs `W`. Left to itself autograd keeps the decoded `W` of every layer from
-the forward pass until the backward pass: a dense copy of the whole model in the precision of the activations, eight times the size of a
-2-bit base in 16 bits and sixteen times in 32. Decoding twice costs a few per cent of a step. bitsandbytes' layers do this by themselves.
+A layer computes `y = x W`, and the gradient with respect to `x` needs `W`. Left to itself autograd keeps the decoded `W` of every layer
+from the forward pass until the backward pass: a dense copy of the whole model in the precision of the activations, eight times the size of
+a 2-bit base in 16 bits and sixteen times in 32. Decoding twice costs a few per cent of a step. bitsandbytes' layers do this by themselves.
 """
 
 from __future__ import annotations

@@ -71,9 +71,7 @@ def imports(name: str, executed: bool = False) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             source = ".".join([*base, *([node.module] if node.module else [])])
-            for (
-                alias
-            ) in node.names:  # `from cloq import linalg` imports cloq.linalg, `from cloq.types import X` imports cloq.types
+            for alias in node.names:  # `from cloq import linalg` imports cloq.linalg, `from cloq.types import X` imports cloq.types
                 inner = f"{source}.{alias.name}"
                 found.add(inner if inner.removeprefix("cloq.") in MODULES else source)
     return found

@@ -18,12 +18,12 @@ from cloq.cli.app import Json, Quiet, app
 from cloq.cli.progress import Emit
 from cloq.cli.settings import Flag, with_flags
 from cloq.errors import CloqError
-from cloq.training.recipes import FAMILIES, WIDTHS
+from cloq.training.recipes import FAMILIES
 from cloq.training.spec import DEVICES, LONG, OPTIMIZERS, PACKINGS, PRECISIONS, REPORTS, SCHEDULES, TrainSpec
 
 PANELS: dict[str, dict[str, str]] = {
     "Run": {
-        "recipe": f"Settings to start from: {', '.join(FAMILIES)}, of the base's width or with it ({'gsm8k'}-{WIDTHS[0]}bit). Flags win over it.",
+        "recipe": f"Settings to start from: {', '.join(FAMILIES)}, or with a width (gsm8k-2bit). Flags win over it.",
         "base": "Another base than the run's; the adapter must belong to it.",
         "adapter": "Another adapter than the run's, such as one trained before.",
         "device": f"{', '.join(DEVICES)}.",

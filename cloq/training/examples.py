@@ -1,8 +1,6 @@
 """Rows of a data set → examples: token ids, and which of them the loss counts.
 
-Plain text, instruction rows and conversations are read by the same code as calibration text (`cloq.calibration.rows`). An answer's tokens
-are those that the model would have to generate after the prompt's: the two are tokenized together where the prompt's own tokens are a
-beginning of that, else apart.
+Plain text, instruction rows and conversations are read by the same code as calibration text (`cloq.calibration.rows`).
 """
 
 from __future__ import annotations
@@ -21,22 +19,19 @@ from cloq.calibration.rows import (
     ANSWER_COLUMNS,
     Columns,
     Content,
-    Message,
     Row,
     Turn,
     first_of,
     name_one,
-    question,
-    render,
     row_contents,
     text_value,
     without_surrogates,
 )
 from cloq.calibration.sources import passages, single, source_rows
 from cloq.errors import CalibrationError, TrainingError
+from cloq.training.encode import FLAG, Prompted, encoded
 from cloq.training.spec import TrainSpec, template_columns
 
-FLAG = "--column, --prompt-column or --answer-column"
 NO_LIMIT = 1 << 62
 
 
@@ -55,9 +50,9 @@ class Example(NamedTuple):
 
 @dataclass
 class Counts:
-    """rows: read. empty: without text or answer, left out. long: of more than the allowed tokens. dropped: left out because of their length,
-    or because no token of an answer was left. tokens: in the examples, of which predicted ones count in the loss. leftover: tokens at
-    the end of a stream that fill no sequence."""
+    """rows: read. empty: without text or answer, left out. long: of more than the allowed tokens. dropped: left out because of their
+    length, or because no token of an answer was left. tokens: in the examples, of which predicted ones count in the loss. leftover: tokens
+    at the end of a stream that fill no sequence."""
 
     rows: int = 0
     empty: int = 0
@@ -99,7 +94,7 @@ def read_examples(spec: TrainSpec, source: str, tokenizer) -> Examples:
     first = next((item for item in contents if item.content != ""), None)
     if first is None:
         raise TrainingError(f"{source} holds no row with text in it; give other data to --data")
-    kind = "text" if isinstance(first.content, str) else "turns" if isinstance(first.content, Turn | _Prompted) else "chats"
+    kind = "text" if isinstance(first.content, str) else "turns" if isinstance(first.content, Turn | Prompted) else "chats"
     packing = ("stream" if kind == "text" else "none") if spec.packing == "auto" else spec.packing
     if packing == "stream":
         found = _stream(spec, source, tokenizer, kind)
@@ -142,16 +137,9 @@ def _nothing_left(source: str, counts: Counts, spec: TrainSpec) -> str:
 # -- content -----------------------------------------------------------------------------------------------------------
 
 
-class _Prompted(NamedTuple):
-    """An exchange whose prompt a template has written out already."""
-
-    prompt: str
-    answer: str
-
-
 class _Found(NamedTuple):
     where: str
-    content: Content | _Prompted
+    content: Content | Prompted
 
 
 def _contents(spec: TrainSpec, source: str) -> Iterator[_Found]:
@@ -175,7 +163,7 @@ def _templated(rows: Iterator[Row], template: str, answer: str | None) -> Iterat
             raise CalibrationError(f"{where}: none of its columns is known to hold the answer. {name_one(row, '--answer-column')}")
         completion = text_value(row, answer, where, "--answer-column").strip()
         prompt = template.format_map({name: _cell(row[name]) for name in names})
-        yield _Found(where, _Prompted(*map(without_surrogates, (prompt, completion))) if completion else "")
+        yield _Found(where, Prompted(*map(without_surrogates, (prompt, completion))) if completion else "")
 
 
 def _cell(found: Any) -> str:
@@ -192,7 +180,7 @@ def _separate(spec: TrainSpec, contents: Iterator[_Found], tokenizer, kind: str)
         if content == "" or (isinstance(content, str) and not content.strip()):
             counts.empty += 1
             continue
-        ids, mask = _encoded(content, where, tokenizer, spec.completion_only)
+        ids, mask = encoded(content, where, tokenizer, spec.completion_only)
         counts.long += len(ids) > spec.seq_len
         pieces = [e for e in _fitted(ids, mask, spec.seq_len, spec.long) if e.predicted()]
         counts.dropped += not pieces
@@ -208,77 +196,6 @@ def _fitted(ids: list[int], mask: list[bool], seq_len: int, long: str) -> Iterat
     for start in range(0, end, seq_len):
         piece = slice(start, min(start + seq_len, end))
         yield Example(np.asarray(ids[piece], np.int32), np.asarray(mask[piece], bool), (len(ids[piece]),))
-
-
-def _encoded(content: Content | _Prompted, where: str, tokenizer, completion_only: bool) -> tuple[list[int], list[bool]]:
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    if isinstance(content, Turn) and tokenizer.chat_template:
-        asked, answer = question(content), content.answer.strip()
-        content = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
-    if isinstance(content, list):
-        parts = chat_parts(content, tokenizer, where) if completion_only else [(render(content, tokenizer, where, FLAG), True)]
-        ids, mask = tokenize_parts(parts, tokenizer)
-    else:
-        ids, mask = tokenize_parts(_plain_parts(content), tokenizer)
-        start = sequence_start(tokenizer)
-        ids, mask = [*start, *ids, *end], [*[False] * len(start), *mask, *[True] * len(end)]
-    return ids, mask if completion_only else [True] * len(ids)
-
-
-def _plain_parts(content: str | Turn | _Prompted) -> list[tuple[str, bool]]:
-    if isinstance(content, str):
-        return [(content, True)]
-    prompt = content.prompt if isinstance(content, _Prompted) else question(content) + "\n\n"
-    return [(prompt, False), (content.answer.strip(), True)]
-
-
-def chat_parts(conversation: list[Message], tokenizer, where: str) -> list[tuple[str, bool]]:
-    """A conversation as its template writes it, in parts, and whether each is the assistant's.
-
-    An assistant's part is what the template adds to the conversation before it and its own request for an answer. A template that
-    writes earlier turns otherwise once later ones follow (as those that remove earlier reasoning do) gets its last answer alone.
-    """
-    text = render(conversation, tokenizer, where, FLAG)
-    answers = [i for i, message in enumerate(conversation) if message["role"] == "assistant"]
-    if not answers:
-        return [(text, False)]
-    spans = [_answer_span(conversation, i, text, tokenizer, where) for i in answers]
-    if spans[-1] is None:
-        raise CalibrationError(
-            f"{where}: in the chat template's text the assistant's last turn cannot be told from the rest. Use --no-completion-only, "
-            "or --template with columns of prompt and answer"
-        )
-    parts, at = [], 0
-    for start, end in (span for span in spans if span is not None):
-        parts += [(text[at:start], False), (text[start:end], True)]
-        at = end
-    return [(part, answer) for part, answer in [*parts, (text[at:], False)] if part]
-
-
-def _answer_span(conversation: list[Message], index: int, text: str, tokenizer, where: str) -> tuple[int, int] | None:
-    before = render(conversation[:index], tokenizer, where, FLAG, ask=True) if index else ""
-    after = render(conversation[: index + 1], tokenizer, where, FLAG)
-    if not (text.startswith(after) and after.startswith(before)):
-        return None
-    return len(before), len(after)
-
-
-def tokenize_parts(parts: list[tuple[str, bool]], tokenizer) -> tuple[list[int], list[bool]]:
-    """Tokens of the parts in a row, and whether each belongs to a marked part."""
-
-    def tokens(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-
-    texts = [text for text, _ in parts]
-    ids = tokens("".join(texts))
-    beginnings = [tokens("".join(texts[: i + 1])) for i in range(len(texts) - 1)] + [ids]
-    if any(ids[: len(beginning)] != beginning for beginning in beginnings):
-        pieces = [tokens(text) for text in texts]
-        lengths = [len(piece) for piece in pieces]
-        ids = [token for piece in pieces for token in piece]
-    else:
-        lengths = np.diff([0, *map(len, beginnings)]).tolist()
-    return ids, [marked for length, (_, marked) in zip(lengths, parts, strict=True) for _ in range(length)]
 
 
 # -- several rows in one sequence --------------------------------------------------------------------------------------

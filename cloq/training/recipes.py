@@ -1,9 +1,9 @@
 """Where to start: settings by task family and bit width.
 
-The first two families are the protocols that the papers of this field share (learning rate, epochs, sequences per step, sequence length,
-weight decay, warm-up, schedule), with the lower learning rate at 2 bits; `instruct` is what is usual for instruction data. They are starting
-points from the literature. Dropout and weight decay there were chosen for factors that start at zero: here the factors hold the compensation
-of the quantization error from the first step, and both act on it.
+The first two families are the protocols that the papers of this field share (learning rate, epochs, sequences per step, sequence
+length, weight decay, warm-up, schedule), with the lower learning rate at 2 bits; `instruct` is what is usual for instruction data. They
+are starting points from the literature. Dropout and weight decay there were chosen for factors that start at zero: here the factors hold
+the compensation of the quantization error from the first step, and both act on it.
 """
 
 from __future__ import annotations

@@ -90,8 +90,8 @@ def _refuse_unusable(spec: TrainSpec) -> None:
             raise MissingLibrary("bitsandbytes", f"the optimizer {spec.optimizer}", "nf4")
         if spec.optimizer.startswith("paged") and not gpu:
             raise TrainingError(
-                f"the optimizer {spec.optimizer} moves its state between a GPU and the host, and there is no GPU here; use --optimizer adamw "
-                "or adamw-8bit"
+                f"the optimizer {spec.optimizer} moves its state between a GPU and the host, and there is no GPU here; "
+                "use --optimizer adamw or adamw-8bit"
             )
     if spec.precision == "bf16" and gpu and not torch.cuda.is_bf16_supported():
         raise TrainingError("this GPU has no bfloat16; use --precision float32")
@@ -147,8 +147,8 @@ def training_arguments(spec: TrainSpec, folder: TrainingFolder) -> TrainingArgum
     )
     if arguments.n_gpu > 1:
         raise TrainingError(
-            f"{arguments.n_gpu} GPUs are visible to one process; start one process for each (accelerate launch -m cloq train …) or show one "
-            "(CUDA_VISIBLE_DEVICES=0)"
+            f"{arguments.n_gpu} GPUs are visible to one process; start one process for each (accelerate launch -m cloq train …) "
+            "or show one (CUDA_VISIBLE_DEVICES=0)"
         )
     return arguments
 

@@ -26,9 +26,10 @@ class TrainSpec(Spec):
     """One fine-tuning.
 
     run: folder of the finished cloq run. base, adapter: other folders than those of the run.
-    data, eval_data: any source that calibration takes (a file, a folder, a hub data set, `wikitext2`, …). eval_share: rows of `data` held
-        out for evaluation instead, drawn by the seed.
-    column: of plain text or conversations; prompt_column, context_column, answer_column: of instruction rows. Found by name where not given.
+    data, eval_data: any source that calibration takes (a file, a folder, a hub data set, `wikitext2`, …). eval_share: rows of `data`
+        held out for evaluation instead, drawn by the seed.
+    column: of plain text or conversations; prompt_column, context_column, answer_column: of instruction rows. Found by name where not
+        given.
     template: the prompt as text with `{column}` in it, instead of the tokenizer's chat template. The answer follows it at once.
     completion_only: only answers count in the loss; of a conversation, the assistant's turns.
     packing: `none`, a row is a sequence; `rows`, several whole rows share one and do not see each other; `stream`, plain text is

@@ -32,7 +32,8 @@ class Start:
 def find_start(spec: TrainSpec) -> Start:
     """Finds base and adapter, from their files alone.
 
-    Raises `TrainingError` if there is no finished run, or the adapter was not made for this base; `ExportError` if one of the two is damaged.
+    Raises `TrainingError` if there is no finished run, or the adapter was not made for this base; `ExportError` if one of the two is
+    damaged.
     """
     run = Path(spec.run)
     if not spec.run or not run.is_dir():

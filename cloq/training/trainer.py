@@ -73,7 +73,9 @@ class AdapterTrainer(Trainer):
             tokens = predicted(batch).double().cpu()
             total += torch.stack([loss.double().cpu() * tokens, tokens])
         self.model.train()
-        loss, tokens = self.accelerator.reduce(total.float() if self.args.device.type == "mps" else total.to(self.args.device), "sum").tolist()
+        loss, tokens = self.accelerator.reduce(
+            total.float() if self.args.device.type == "mps" else total.to(self.args.device), "sum"
+        ).tolist()
         metrics = {"eval_loss": loss / tokens, "eval_tokens": tokens}
         self.log(dict(metrics))
         self._emit("eval", {"step": self.state.global_step, "loss": loss / tokens, "tokens": int(tokens)})
@@ -104,8 +106,8 @@ class AdapterTrainer(Trainer):
 
 def not_a_number(what: str, step: int) -> TrainingError:
     return TrainingError(
-        f"the {what} of step {step} is not a finite number, so training stopped there. The checkpoints before it are kept. Train again with "
-        "a lower --lr, a longer --warmup or --precision float32, and --restart"
+        f"the {what} of step {step} is not a finite number, so training stopped there. The checkpoints before it are kept. "
+        "Train again with a lower --lr, a longer --warmup or --precision float32, and --restart"
     )
 
 

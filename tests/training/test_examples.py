@@ -8,7 +8,8 @@ import pytest
 from cloq.errors import CalibrationError, CloqError, TrainingError
 from cloq.training import TrainSpec
 from cloq.training.batches import IGNORED, collate, predicted
-from cloq.training.examples import held_out, read_examples, tokenize_parts
+from cloq.training.encode import tokenize_parts
+from cloq.training.examples import held_out, read_examples
 from tests.calibration.conftest import make_tokenizer
 from tests.training.tiny_run import write_rows
 
@@ -82,7 +83,7 @@ def test_a_template_that_rewrites_earlier_turns_gets_its_last_answer(tmp_path):
 def test_a_template_whose_answer_cannot_be_told_is_refused(tmp_path):
     counts = make_tokenizer()
     counts.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
-    with pytest.raises(CalibrationError, match="cannot be told from the rest. Use --no-completion-only"):
+    with pytest.raises(CalibrationError, match=r"cannot be told from the rest\. Use --no-completion-only"):
         read(tmp_path, [TALK], counts)
     assert read(tmp_path, [TALK], counts, completion_only=False, seq_len=128).examples
 

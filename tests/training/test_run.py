@@ -83,8 +83,8 @@ def test_what_must_not_matter_does_not(out, rows, tmp_path, same):
 @gptq
 def test_gradient_checkpointing_runs_blocks_again(out, rows, tmp_path, monkeypatch):
     """Without gradients at the input of the first block nothing would be checkpointed, and nobody would notice."""
-    from cloq.training.run import _loaded, training_arguments
     from cloq.training.checkpoints import TrainingFolder
+    from cloq.training.run import _loaded, training_arguments
     from cloq.training.start import find_start
 
     kept = {}
@@ -212,7 +212,9 @@ def test_what_would_train_is_exactly_the_factors():
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.layer = nn.ModuleDict({"lora_A": nn.ModuleDict({"default": nn.Linear(2, 2, bias=False)}), "other": nn.Linear(2, 2, bias=False)})
+            self.layer = nn.ModuleDict(
+                {"lora_A": nn.ModuleDict({"default": nn.Linear(2, 2, bias=False)}), "other": nn.Linear(2, 2, bias=False)}
+            )
 
     model = Model()
     with pytest.raises(TrainingError, match=r"layer.other.weight has a gradient and is no factor"):
