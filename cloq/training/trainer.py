@@ -73,9 +73,7 @@ class AdapterTrainer(Trainer):
             tokens = predicted(batch).double().cpu()
             total += torch.stack([loss.double().cpu() * tokens, tokens])
         self.model.train()
-        loss, tokens = self.accelerator.reduce(
-            total.float() if self.args.device.type == "mps" else total.to(self.args.device), "sum"
-        ).tolist()
+        loss, tokens = self.accelerator.reduce(total.to(self.args.device), "sum").tolist()
         metrics = {"eval_loss": loss / tokens, "eval_tokens": tokens}
         self.log(dict(metrics))
         self._emit("eval", {"step": self.state.global_step, "loss": loss / tokens, "tokens": int(tokens)})
