@@ -15,6 +15,8 @@ _PUBLIC = {
     "load": "cloq.loading",
     "merge": "cloq.merging",
     "closed_form": "cloq.initializers",
+    "train": "cloq.training",
+    "TrainSpec": "cloq.training",
     "RunSpec": "cloq.specs",
     "QuantSpec": "cloq.specs",
     "LoraSpec": "cloq.specs",
@@ -23,7 +25,21 @@ _PUBLIC = {
     "CloqError": "cloq.errors",
 }
 
-__all__ = ["CalibSpec", "CloqError", "LoraSpec", "QuantSpec", "Rule", "RunSpec", "__version__", "closed_form", "load", "merge", "quantize"]
+__all__ = [
+    "CalibSpec",
+    "CloqError",
+    "LoraSpec",
+    "QuantSpec",
+    "Rule",
+    "RunSpec",
+    "TrainSpec",
+    "__version__",
+    "closed_form",
+    "load",
+    "merge",
+    "quantize",
+    "train",
+]
 
 if TYPE_CHECKING:
     from cloq.api import quantize
@@ -32,6 +48,7 @@ if TYPE_CHECKING:
     from cloq.loading import load
     from cloq.merging import merge
     from cloq.specs import CalibSpec, LoraSpec, QuantSpec, Rule, RunSpec
+    from cloq.training import TrainSpec, train
 
 
 def __getattr__(name: str):

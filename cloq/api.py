@@ -14,13 +14,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cloq import __version__
 from cloq.errors import RunError, SpecError
-from cloq.specs import RunSpec, run_spec
+from cloq.specs import RunSpec, Spec, run_spec
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from cloq.calibration import CalibrationTokens
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 Emit = Callable[[str, dict[str, Any]], None]
 Progress = Callable[[str, int, int], None]
 RUN_FILE = "run.yaml"
+AnySpec = TypeVar("AnySpec", bound=Spec)
 
 
 @dataclass(frozen=True)
@@ -203,31 +205,44 @@ def export(out: str | Path, form: str, target: str | Path | None = None) -> Path
 
 def write_run_file(spec: RunSpec, out: Path) -> None:
     """Everything that repeats the run: settings (local paths made absolute), seed among them, and the versions it ran with."""
+    absolute = {key: str(Path(value).resolve()) for key in ("model", "quantized") if (value := getattr(spec, key)) and Path(value).exists()}
+    write_settings(spec.replace(**absolute), out / RUN_FILE)
+
+
+def write_settings(spec: Spec, path: Path) -> None:
+    """A file that `read_settings` reads: settings, and the versions they were used with."""
     import yaml
 
     from cloq.pipeline import versions
     from cloq.store import write_atomically, writing
 
-    absolute = {key: str(Path(value).resolve()) for key in ("model", "quantized") if (value := getattr(spec, key)) and Path(value).exists()}
-    content = {"cloq": __version__, "settings": spec.replace(**absolute).to_dict(), "versions": versions()}
-    with writing(out):
-        write_atomically(out / RUN_FILE, yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode())
+    content = {"cloq": __version__, "settings": spec.to_dict(), "versions": versions()}
+    with writing(path.parent):
+        write_atomically(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode())
 
 
 def read_run_file(path: Path) -> RunSpec:
-    """The settings in a run.yaml. Raises `RunError` if there is none, `SpecError` with the file's name for anything that is not one."""
+    """The settings in a run.yaml. Errors as of `read_settings`."""
+    return read_settings(path, RunSpec, "cloq quantize")
+
+
+def read_settings(path: Path, kind: type[AnySpec], maker: str) -> AnySpec:
+    """The spec that a file of settings holds. maker: the command that writes such files, for messages.
+
+    Raises `RunError` if there is no file, `SpecError` with the file's name for anything that is not such a file.
+    """
     import yaml
 
     try:
         values = yaml.safe_load(path.read_text("utf8"))
     except FileNotFoundError as error:
-        raise RunError(f"{path} does not exist; a finished run has one (cloq quantize writes it)") from error
+        raise RunError(f"{path} does not exist; a finished run has one ({maker} writes it)") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SpecError(f"{path} cannot be read as a run file ({str(error).splitlines()[0]})") from error
     if not isinstance(values, dict) or not isinstance(values.get("settings"), dict):
-        raise SpecError(f"{path} is not a run file: it needs a mapping `settings`, as in the run.yaml that cloq quantize writes")
+        raise SpecError(f"{path} is not a run file: it needs a mapping `settings`, as in the {path.name} that {maker} writes")
     try:
-        return RunSpec.from_dict(values["settings"])
+        return kind.from_dict(values["settings"])
     except SpecError as error:
         raise SpecError(f"{path}: {error}") from error
 
@@ -239,12 +254,12 @@ def _report(result: RunResult, decoder: Decoder, form: str | None, versions: dic
     sizes = {"original": weight_bytes(decoder.folder), "base": weight_bytes(result.base), "adapter": weight_bytes(result.adapter)}
     report = Report(
         result.spec, result.layers, result.seconds, result.phases,
-        form=form, sizes=sizes, peak_memory=_peak_memory(decoder), versions=versions,
+        form=form, sizes=sizes, peak_memory=peak_memory(decoder.device), versions=versions,
     )  # fmt: skip
     return carry_over(result.out, report)
 
 
-def _peak_memory(decoder: Decoder) -> dict[str, int]:
+def peak_memory(device: torch.device) -> dict[str, int]:
     """Bytes: the process's largest resident set, and what torch held at most on the GPU."""
     import resource
     import sys
@@ -253,4 +268,4 @@ def _peak_memory(decoder: Decoder) -> dict[str, int]:
 
     unit = 1 if sys.platform == "darwin" else 1024
     peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
-    return peak | ({"device": torch.cuda.max_memory_allocated(decoder.device)} if decoder.device.type == "cuda" else {})
+    return peak | ({"device": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {})

@@ -7,7 +7,7 @@ A tensor that is missing from a packed base makes `from_pretrained` abort the pr
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,23 +181,37 @@ def _symmetric(source: QuantizedFolder, layer: str) -> bool:
 # -- the adapter -------------------------------------------------------------------------------------------------------
 
 
+def check_adapter(adapter: AdapterFolder, base: Path) -> list[Finding]:
+    """An adapter on a base: settings, and the names, shapes and values of its factors. Whether it was made for this base or for another one
+    of the same shapes, the files do not say."""
+    return _gathered(_fits(adapter, base), "adapter")
+
+
 def _check_adapter(adapter: AdapterFolder, base: Path, store: Store) -> Iterator[Finding]:
-    again = "write it again by running the same cloq quantize command"
+    yield _belongs(adapter.config.get("base_model_name_or_path"), base)
+    findings = list(_fits(adapter, base))
+    yield from findings
+    if all(finding.ok for finding in findings):
+        yield _not_initialized_again(adapter, adapter.names, store, _AGAIN)
+        yield _as_fitted(adapter, store)
+
+
+_AGAIN = "write it again by running the same cloq quantize command"
+
+
+def _fits(adapter: AdapterFolder, base: Path) -> Iterator[Finding]:
     model = build_skeleton(load_config(base), torch.float32)
     linears = {name: linear_shape(module) for name, module in model.named_modules() if is_linear(module)}
-    yield _belongs(adapter.config.get("base_model_name_or_path"), base)
     yield from _check_settings(adapter.config)
     targets = adapter.targets(linears)
     keys = adapter.expected_keys(targets)
-    yield _finding("adapter: factors for every layer that PEFT will put some on", sorted(keys - adapter.keys), f"missing; {again}")
-    yield _finding("adapter: no factors that PEFT would leave aside", sorted(adapter.keys - keys), f"not used; {again}")
+    yield _finding("adapter: factors for every layer that PEFT will put some on", sorted(keys - adapter.keys), f"missing; {_AGAIN}")
+    yield _finding("adapter: no factors that PEFT would leave aside", sorted(adapter.keys - keys), f"not used; {_AGAIN}")
     bare = sorted(QuantizedFolder(base).names - adapter.names)
     yield _finding("adapter: factors for every quantized layer", bare, "without; use the base it was made for")
     if keys <= adapter.keys:
         wrong = sorted(_wrong_factors(adapter, {name: linears[name] for name in targets}))
-        yield _finding("adapter: factors in the shapes of their layers, multiplied by 1 (alpha / r), finite", wrong, again)
-        yield _not_initialized_again(adapter, targets, store, again)
-        yield _as_fitted(adapter, store)
+        yield _finding("adapter: factors in the shapes of their layers, multiplied by 1 (alpha / r), finite", wrong, _AGAIN)
 
 
 def _belongs(stated: str | None, base: Path) -> Finding:
@@ -210,7 +224,7 @@ def _belongs(stated: str | None, base: Path) -> Finding:
     )
 
 
-def _not_initialized_again(adapter: AdapterFolder, targets: set[str], store: Store, again: str) -> Finding:
+def _not_initialized_again(adapter: AdapterFolder, targets: Iterable[str], store: Store, again: str) -> Finding:
     """QLoRA's B is zero; any other that is has been through PEFT's own initialisation."""
     known = (store.folder / "manifest.json").is_file()
     if known and store.manifest()["settings"]["lora"]["init"] == "zero":

@@ -25,6 +25,10 @@ class RunError(CloqError):
     """The output folder cannot be used: other content, other settings, a full or read-only disk, another run."""
 
 
+class TrainingError(CloqError):
+    """Training cannot start or go on: no usable rows, nothing to train, a loss that is not a number."""
+
+
 class ExportError(CloqError):
     """A format cannot hold this result, or a folder is not what its configuration says."""
 

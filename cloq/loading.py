@@ -28,15 +28,17 @@ def load(out: str | Path, trainable: bool = False, *, base: str | Path | None = 
 
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter, is_trainable=...)
 
-    but for three things: the base is checked first, because a missing tensor would abort the process; without a `dtype`, a
-    float16 base on a machine without a GPU is loaded as float32 (a CPU multiplies float16 some twenty times slower); and a
-    compressed-tensors base with several widths is decoded at once, because PEFT cannot wrap what is still packed.
+    but for four things: the base is checked first, because a missing tensor would abort the process; without a `dtype`, a
+    float16 base on a machine without a GPU is loaded as float32 (a CPU multiplies float16 some twenty times slower); a
+    compressed-tensors base with several widths is decoded at once, because PEFT cannot wrap what is still packed; and where
+    trainable, packed layers keep no decoded weight for the backward pass (see `cloq.frozen`).
 
     Raises `ExportError` if a folder is missing or damaged, `MissingLibrary` with the pip command if the format needs one that is
     not there.
     """
     from cloq.export.peft import AdapterFolder
     from cloq.export.read import read_config
+    from cloq.frozen import decode_again
 
     adapter = AdapterFolder(adapter or Path(out) / "adapter")
     base = Path(base) if base else base_folder(Path(out), adapter)
@@ -53,6 +55,8 @@ def load(out: str | Path, trainable: bool = False, *, base: str | Path | None = 
     model = AutoModelForCausalLM.from_pretrained(base, **kwargs)
     if _still_packed(quantization):
         model.hf_quantizer.compressor.decompress_model(model)
+    if trainable:
+        decode_again(model)
     return PeftModel.from_pretrained(model, adapter.folder, is_trainable=trainable)
 
 

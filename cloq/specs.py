@@ -34,13 +34,15 @@ INITIALIZER_SETTINGS = {"split": ("cloq",), "iterations": ("loftq",)}
 """Settings of `LoraSpec` that not every initializer has → those that do."""
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """Raises `SpecError` with the message unless the condition holds."""
     if not condition:
         raise SpecError(message)
 
 
-def _one_of(name: str, value: Any, allowed: tuple) -> None:
-    _require(value in allowed, f"{name} is {value!r}; allowed: {', '.join('channel' if a is None else str(a) for a in allowed)}")
+def one_of(name: str, value: Any, allowed: tuple) -> None:
+    """Raises `SpecError` for a value that is not among the allowed ones."""
+    require(value in allowed, f"{name} is {value!r}; allowed: {', '.join('channel' if a is None else str(a) for a in allowed)}")
 
 
 def _refuse_ignored(spec: Any, kind: str, settings: dict[str, tuple[str, ...]]) -> None:
@@ -49,7 +51,7 @@ def _refuse_ignored(spec: Any, kind: str, settings: dict[str, tuple[str, ...]]) 
     defaults = {f.name: f.default for f in dataclasses.fields(spec)}
     for name, owners in settings.items():
         value = getattr(spec, name)
-        _require(
+        require(
             chosen in owners or value == defaults[name],
             f"{name} is {value}, which {kind} {chosen!r} does not have; leave it at {defaults[name]}, or use {kind} {' or '.join(owners)}",
         )
@@ -65,10 +67,10 @@ class Spec:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]):
         """Raises `SpecError` for an unknown key or a value of the wrong kind."""
-        _require(isinstance(values, Mapping), f"{cls.__name__} needs a mapping, got {type(values).__name__}")
+        require(isinstance(values, Mapping), f"{cls.__name__} needs a mapping, got {type(values).__name__}")
         hints = typing.get_type_hints(cls)
         unknown = sorted(set(values) - set(hints))
-        _require(not unknown, f"unknown setting {', '.join(map(repr, unknown))} in {cls.__name__}; known: {', '.join(hints)}")
+        require(not unknown, f"unknown setting {', '.join(map(repr, unknown))} in {cls.__name__}; known: {', '.join(hints)}")
         return cls(**{key: _parse(hints[key], value, f"{cls.__name__}.{key}") for key, value in values.items()})
 
     def replace(self, **changes):
@@ -87,14 +89,14 @@ def _parse(hint: Any, value: Any, where: str) -> Any:
     if isinstance(hint, type) and issubclass(hint, Spec):
         return value if isinstance(value, hint) else hint.from_dict(value)
     if origin is tuple:
-        _require(isinstance(value, (list, tuple)), f"{where} needs a list, got {value!r}")
+        require(isinstance(value, (list, tuple)), f"{where} needs a list, got {value!r}")
         return tuple(_parse(arguments[0], item, where) for item in value)
     allowed = arguments if origin in (typing.Union, types.UnionType) else (hint,)
     if float in allowed and isinstance(value, int) and not isinstance(value, bool):
         value = float(value) if int not in allowed else value
     fits = any(value is None if a is type(None) else type(value) is a for a in allowed)
     names = " or ".join("null" if a is type(None) else a.__name__ for a in allowed)
-    _require(fits, f"{where} needs {names}, got {value!r}")
+    require(fits, f"{where} needs {names}, got {value!r}")
     return value
 
 
@@ -122,16 +124,16 @@ class QuantSpec(Spec):
     static_groups: bool = False
 
     def __post_init__(self):
-        _one_of("bits", self.bits, BITS)
-        _one_of("group_size", self.group_size, GROUP_SIZES)
-        _one_of("quantizer", self.quantizer, QUANTIZER_NAMES)
-        _require(
+        one_of("bits", self.bits, BITS)
+        one_of("group_size", self.group_size, GROUP_SIZES)
+        one_of("quantizer", self.quantizer, QUANTIZER_NAMES)
+        require(
             self.quantizer != "nf4" or self.bits == 4, f"nf4 is a 4-bit codebook; bits is {self.bits}. Use --bits 4, or --quantizer gptq"
         )
-        _require(self.quantizer != "nf4" or self.group_size == 64, "nf4 uses blocks of 64 values; set group_size to 64")
-        _require(0 <= self.damping <= 1, f"damping is {self.damping}; it is relative to the mean diagonal, between 0 and 1 (0.01 is usual)")
-        _require(self.magr_alpha is None or self.magr_alpha > 0, f"magr_alpha is {self.magr_alpha}; it must be positive")
-        _require(self.magr_alpha is None or self.magr, f"magr_alpha is {self.magr_alpha}, but magr is off; add --magr or leave it out")
+        require(self.quantizer != "nf4" or self.group_size == 64, "nf4 uses blocks of 64 values; set group_size to 64")
+        require(0 <= self.damping <= 1, f"damping is {self.damping}; it is relative to the mean diagonal, between 0 and 1 (0.01 is usual)")
+        require(self.magr_alpha is None or self.magr_alpha > 0, f"magr_alpha is {self.magr_alpha}; it must be positive")
+        require(self.magr_alpha is None or self.magr, f"magr_alpha is {self.magr_alpha}, but magr is off; add --magr or leave it out")
         _refuse_ignored(self, "quantizer", QUANTIZER_SETTINGS)
 
 
@@ -146,10 +148,10 @@ class LoraSpec(Spec):
     iterations: int = 5
 
     def __post_init__(self):
-        _one_of("init", self.init, INITIALIZER_NAMES)
-        _one_of("split", self.split, SPLIT_NAMES)
-        _require(1 <= self.rank <= 4096, f"rank is {self.rank}; allowed: 1 to 4096 (16 to 128 is usual)")
-        _require(1 <= self.iterations <= 100, f"iterations is {self.iterations}; allowed: 1 to 100")
+        one_of("init", self.init, INITIALIZER_NAMES)
+        one_of("split", self.split, SPLIT_NAMES)
+        require(1 <= self.rank <= 4096, f"rank is {self.rank}; allowed: 1 to 4096 (16 to 128 is usual)")
+        require(1 <= self.iterations <= 100, f"iterations is {self.iterations}; allowed: 1 to 100")
         _refuse_ignored(self, "init", INITIALIZER_SETTINGS)
 
 
@@ -171,10 +173,10 @@ class CalibSpec(Spec):
     seed: int = 0
 
     def __post_init__(self):
-        _require(bool(self.source.strip()), "the calibration source is empty; name one, such as --calib wikitext2 or --calib text.jsonl")
-        _require(1 <= self.samples <= 1_000_000, f"calibration samples is {self.samples}; allowed: 1 to 1000000 (128 is usual)")
-        _require(8 <= self.seq_len <= 1_000_000, f"seq_len is {self.seq_len}; allowed: 8 to the model's context (2048 is usual)")
-        _require(0 <= self.heldout <= 1, f"heldout is {self.heldout}; it is a share of the samples between 0 and 1")
+        require(bool(self.source.strip()), "the calibration source is empty; name one, such as --calib wikitext2 or --calib text.jsonl")
+        require(1 <= self.samples <= 1_000_000, f"calibration samples is {self.samples}; allowed: 1 to 1000000 (128 is usual)")
+        require(8 <= self.seq_len <= 1_000_000, f"seq_len is {self.seq_len}; allowed: 8 to the model's context (2048 is usual)")
+        require(0 <= self.heldout <= 1, f"heldout is {self.heldout}; it is a share of the samples between 0 and 1")
 
     @property
     def heldout_samples(self) -> int:
@@ -193,10 +195,10 @@ class Rule(Spec):
     dense: bool = False
 
     def __post_init__(self):
-        _require(bool(self.match), "a rule needs a pattern in `match`")
-        _require(self.bits is None or self.bits in BITS, f"rule {self.match!r}: bits is {self.bits}; allowed: {', '.join(map(str, BITS))}")
-        _one_of(f"rule {self.match!r}: group_size", self.group_size, GROUP_SIZES)
-        _require(self.rank is None or 1 <= self.rank <= 4096, f"rule {self.match!r}: rank is {self.rank}; allowed: 1 to 4096")
+        require(bool(self.match), "a rule needs a pattern in `match`")
+        require(self.bits is None or self.bits in BITS, f"rule {self.match!r}: bits is {self.bits}; allowed: {', '.join(map(str, BITS))}")
+        one_of(f"rule {self.match!r}: group_size", self.group_size, GROUP_SIZES)
+        require(self.rank is None or 1 <= self.rank <= 4096, f"rule {self.match!r}: rank is {self.rank}; allowed: 1 to 4096")
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -232,13 +234,13 @@ class RunSpec(Spec):
     trust_remote_code: bool = False
 
     def __post_init__(self):
-        _one_of("propagate", self.propagate, PROPAGATE)
-        _require(bool(self.model), "the model is empty; name a hub id or a folder")
-        _require(
+        one_of("propagate", self.propagate, PROPAGATE)
+        require(bool(self.model), "the model is empty; name a hub id or a folder")
+        require(
             self.quantized is None or self.lora.init not in ("loftq", "pissa"),
             f"init {self.lora.init!r} changes the quantized weight and cannot be fitted to a given base; use cloq, eora, qera, svd or zero",
         )
-        _require(self.batch_tokens >= 1, f"batch_tokens is {self.batch_tokens}; it must be at least 1")
+        require(self.batch_tokens >= 1, f"batch_tokens is {self.batch_tokens}; it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -282,7 +284,7 @@ FLAT = {
 def run_spec(base: RunSpec | None = None, **settings: Any) -> RunSpec:
     """A `RunSpec` from flat settings (`bits=2, calib="c4"`), on top of `base` or of the defaults. Unknown names raise `SpecError`."""
     unknown = sorted(set(settings) - set(FLAT))
-    _require(not unknown, f"unknown setting {', '.join(map(repr, unknown))}; known: {', '.join(FLAT)}")
+    require(not unknown, f"unknown setting {', '.join(map(repr, unknown))}; known: {', '.join(FLAT)}")
     values = (base or RunSpec()).to_dict()
     for name, value in settings.items():
         section, key = FLAT[name]

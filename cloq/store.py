@@ -38,49 +38,53 @@ from cloq.types import (
 FOLDER = ".cloq"
 
 
-class Store:
-    """The stored blocks of one output folder."""
+class RunFolder:
+    """An output folder that belongs to one run: a manifest in it says which, and a lock keeps other processes out.
 
-    def __init__(self, out: str | Path):
+    out: the folder. own: what the run keeps for itself, a folder in it. option, maker: what names the folder, and what fills it, for
+    messages.
+    """
+
+    def __init__(self, out: str | Path, own: str, option: str, maker: str):
         self.out = Path(out)
-        self.folder = self.out / FOLDER
-        self.blocks = self.folder / "blocks"
+        self.folder = self.out / own
+        self._option, self._maker = option, maker
 
-    # -- opening -------------------------------------------------------------------------------------------------------
-
-    def begin(self, manifest: dict[str, Any], restart: bool = False) -> int:
-        """Prepares the folder for a run and returns how many blocks are finished already.
+    def claim(self, manifest: dict[str, Any], restart: bool = False) -> None:
+        """Makes the folder this run's, or finds that it is already.
 
         Raises `RunError` if the folder holds something that cloq did not write, a run with other settings (the differences are spelled
         out; `restart` discards that run instead), or cannot be written.
         """
         self.refuse_foreign()
         if restart and self.folder.exists():
-            shutil.rmtree(self.folder)
+            self.discard()
         path = self.folder / "manifest.json"
         if path.exists():
             changed = differences(self.manifest(), manifest)
             if changed:
                 raise RunError(
                     f"{self.out} holds a run with other settings: {'; '.join(changed)}. "
-                    "Use the same settings to continue it, another --out, or --restart to discard it"
+                    f"Use the same settings to continue it, another {self._option}, or --restart to discard it"
                 )
         else:
             with writing(self.out):
-                self.blocks.mkdir(parents=True, exist_ok=True)
+                self.folder.mkdir(parents=True, exist_ok=True)
                 write_atomically(path, json.dumps(manifest, indent=1, sort_keys=True).encode())
-        for leftover in self.blocks.glob(".*tmp*"):  # ours and the library's, of a run that was killed while it wrote
-            leftover.unlink(missing_ok=True)
-        return self.finished()
+
+    def discard(self) -> None:
+        """Removes what an earlier run kept here."""
+        shutil.rmtree(self.folder)
 
     def refuse_foreign(self) -> None:
         """Raises `RunError` if the folder is a file or holds something that cloq did not write."""
         if self.out.exists() and not self.out.is_dir():
-            raise RunError(f"{self.out} is a file; --out names a folder")
+            raise RunError(f"{self.out} is a file; {self._option} names a folder")
         if self.out.is_dir() and not self.folder.exists():
             other = sorted(p.name for p in self.out.iterdir())
             if other:
-                raise RunError(f"{self.out} holds something else ({', '.join(other[:3])}); choose an empty or new folder for --out")
+                shown = ", ".join(other[:3])
+                raise RunError(f"{self.out} holds something else ({shown}); choose an empty or new folder for {self._option}")
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -92,7 +96,7 @@ class Store:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             handle.close()
-            raise RunError(f"another run is writing to {self.out}; wait for it or choose another --out") from error
+            raise RunError(f"another run is writing to {self.out}; wait for it or choose another {self._option}") from error
         try:
             yield
         finally:
@@ -100,14 +104,31 @@ class Store:
 
     def manifest(self) -> dict[str, Any]:
         """Raises `RunError` if there is no run here."""
+        path = self.folder / "manifest.json"
         try:
-            return json.loads((self.folder / "manifest.json").read_text("utf8"))
+            return json.loads(path.read_text("utf8"))
         except FileNotFoundError as error:
-            raise RunError(
-                f"{self.out} holds no cloq run (no {FOLDER}/manifest.json); make one with cloq quantize --out {self.out}"
-            ) from error
+            where = path.relative_to(self.out)
+            raise RunError(f"{self.out} holds no cloq run (no {where}); make one with {self._maker} {self._option} {self.out}") from error
         except ValueError as error:
-            raise RunError(f"{self.folder / 'manifest.json'} is damaged ({error}); start over with --restart") from error
+            raise RunError(f"{path} is damaged ({error}); start over with --restart") from error
+
+
+class Store(RunFolder):
+    """The stored blocks of one output folder."""
+
+    def __init__(self, out: str | Path):
+        super().__init__(out, FOLDER, "--out", "cloq quantize")
+        self.blocks = self.folder / "blocks"
+
+    def begin(self, manifest: dict[str, Any], restart: bool = False) -> int:
+        """Prepares the folder for a run and returns how many blocks are finished already. Errors as of `claim`."""
+        self.claim(manifest, restart)
+        with writing(self.out):
+            self.blocks.mkdir(exist_ok=True)
+            for leftover in self.blocks.glob(".*tmp*"):  # ours and the library's, of a run that was killed while it wrote
+                leftover.unlink(missing_ok=True)
+        return self.finished()
 
     # -- blocks --------------------------------------------------------------------------------------------------------
 

@@ -24,9 +24,10 @@ LAYERS = (
     {"store"},
     {"pipeline"},
     {"export"},
+    {"frozen"},
     {"loading", "pairing", "merging", "generating", "check", "evaluate", "report", "plan", "tasks"},
     {"api"},
-    {"benchmark"},
+    {"benchmark", "training"},
     {"cli"},
     {"__main__"},
 )

@@ -2,12 +2,13 @@
 
 from cloq.calibration.gram import gram_matrices, shared_inputs
 from cloq.calibration.sources import NAMES, documents
-from cloq.calibration.tokens import CalibrationTokens, calibration_tokens, draw_sequences, sequence_start
+from cloq.calibration.tokens import CalibrationTokens, calibration_tokens, cut_sequences, draw_sequences, sequence_start
 
 __all__ = [
     "NAMES",
     "CalibrationTokens",
     "calibration_tokens",
+    "cut_sequences",
     "documents",
     "draw_sequences",
     "gram_matrices",

@@ -45,15 +45,16 @@ def hub_passages(wanted: HubSet, column: str | None, tokenizer) -> Iterator[str]
     column.
     """
     if wanted.name not in _ONE_TEXT:
-        yield from row_texts(_rows(wanted), column, tokenizer)
+        yield from row_texts(hub_rows(wanted), column, tokenizer)
         return
     reader, before = TextColumn(column or _ONE_TEXT[wanted.name]), ""
-    for where, row in _rows(wanted):
-        yield Unfinished(before + reader.text(row, tokenizer, where))
+    for where, row in hub_rows(wanted):
+        yield Unfinished(before + reader.content(row, where))
         before = "\n\n"
 
 
-def _rows(wanted: HubSet) -> Iterator[Row]:
+def hub_rows(wanted: HubSet) -> Iterator[Row]:
+    """The data set's rows as they are. Errors as above."""
     try:
         import datasets
     except ImportError as error:

@@ -50,6 +50,13 @@ def local_passages(path: Path, column: str | None, tokenizer) -> Iterator[str]:
         raise CalibrationError(f"{path} holds no text{f' in its {len(files)} files' if path.is_dir() else ''}; give other text to --calib")
 
 
+def local_rows(path: Path) -> Iterator[Row]:
+    """The rows of a file, or of all files in a folder and below it; a text file is one row, a string. Errors as above."""
+    for file in _files(path) if path.is_dir() else [path]:
+        rows = _rows_of(file)
+        yield from ((str(file), "".join(_blocks(file))),) if rows is None else rows
+
+
 def _files(folder: Path) -> list[Path]:
     inside = [file for file in folder.rglob("*") if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
     files = sorted((file for file in inside if _suffix(file) in SUFFIXES and not file.is_dir()), key=lambda file: file.as_posix())
@@ -73,15 +80,16 @@ def file_rows(file: Path) -> Iterator[Row]:
 
 
 def _file_passages(file: Path, column: str | None, tokenizer) -> Iterator[str]:
+    rows = _rows_of(file)
+    yield from _blocks(file) if rows is None else row_texts(rows, column, tokenizer)
+
+
+def _rows_of(file: Path) -> Iterator[Row] | None:
+    """The rows of a file; `None` for one that is plain text."""
     suffix = _suffix(file)
-    if suffix in JSON_SUFFIXES:
-        yield from row_texts(_json_rows(file), column, tokenizer)
-    elif suffix == ".parquet":
-        yield from row_texts(_parquet_rows(file), column, tokenizer)
-    elif suffix in _TABLES:
+    if suffix in _TABLES:
         raise CalibrationError(f"{file}: {suffix} is not read. Convert it to .jsonl or .parquet, with the text in one column")
-    else:
-        yield from _blocks(file)
+    return _json_rows(file) if suffix in JSON_SUFFIXES else _parquet_rows(file) if suffix == ".parquet" else None
 
 
 def _blocks(file: Path) -> Iterator[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from cloq.errors import CalibrationError
 
@@ -28,26 +28,84 @@ ROLES = {
 Row = tuple[str, Any]
 """Where a row stands, in words for a message, and the row itself."""
 
+Message = dict[str, Any]
+"""`{"role", "content", …}`; further keys, such as tool calls, are kept."""
+
+
+class Turn(NamedTuple):
+    """A prompt, perhaps something it refers to (else the empty string), and the answer."""
+
+    prompt: str
+    context: str
+    answer: str
+
+
+Content = str | Turn | list[Message]
+"""What a row holds: plain text, one exchange, or a conversation."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns hold what; `None` is found by name. flag: the option that names a column, for messages."""
+
+    text: str | None = None
+    prompt: str | None = None
+    context: str | None = None
+    answer: str | None = None
+    flag: str = "--calib-column"
+
 
 def row_texts(rows: Iterable[Row], column: str | None, tokenizer) -> Iterator[str]:
     """One text per row. Raises `CalibrationError` with the place of the first row that has none."""
-    reader: _Reader | None = None
+    columns = Columns(column)
+    for where, _, content in row_contents(rows, columns):
+        text = written(content, tokenizer, where, columns.flag)
+        if text.strip():
+            yield text
+
+
+def row_contents(rows: Iterable[Row], columns: Columns) -> Iterator[tuple[str, Any, Content]]:
+    """Where each row stands, the row, and what it holds; a row of null or empty text holds the empty string. Raises
+    `CalibrationError` with the place of the first row that does not fit."""
+    reader: Reader | None = None
     for where, row in rows:
         if isinstance(row, str):
-            text = row
+            yield where, row, without_surrogates(row)
         elif isinstance(row, dict):
-            reader = reader or _reader(row, column, where)
-            text = reader.text(row, tokenizer, where)
+            reader = reader or find_reader(row, columns, where)
+            yield where, row, reader.content(row, where)
         else:
             raise CalibrationError(f"{where} is {_kind(row)}; a row is an object with named columns, or a string")
-        if text.strip():
-            yield _without_surrogates(text)
 
 
-class _Reader(Protocol):
-    """Says where in a row its text is."""
+def written(content: Content, tokenizer, where: str, flag: str = "--calib-column") -> str:
+    """The content as one text.
 
-    def text(self, row: dict, tokenizer, where: str) -> str: ...
+    A conversation goes through the tokenizer's chat template. So does an exchange where the tokenizer has one, as an
+    instruction-tuned model would see it; else its parts stand with blank lines between them.
+    """
+    if isinstance(content, str):
+        return content
+    if isinstance(content, Turn):
+        asked = question(content)
+        if tokenizer is None or not tokenizer.chat_template:
+            return f"{asked}\n\n{content.answer.strip()}"
+        content = [{"role": "user", "content": asked}, {"role": "assistant", "content": content.answer.strip()}]
+    return without_surrogates(render(content, tokenizer, where, flag))
+
+
+def question(turn: Turn) -> str:
+    """Prompt and context as one text."""
+    return "\n\n".join(part.strip() for part in (turn.prompt, turn.context) if part.strip())
+
+
+# -- columns -----------------------------------------------------------------------------------------------------------
+
+
+class Reader(Protocol):
+    """Says where in a row its content is; the empty string where there is none."""
+
+    def content(self, row: dict, where: str) -> Content: ...
 
 
 @dataclass(frozen=True)
@@ -55,85 +113,100 @@ class TextColumn:
     """A column of plain text."""
 
     column: str
+    flag: str = "--calib-column"
 
-    def text(self, row: dict, tokenizer, where: str) -> str:
-        value = _value(row, self.column, where)
-        if not isinstance(value, (str, type(None))):
-            raise CalibrationError(f"{where}: the column {self.column!r} holds {_kind(value)}, not text. {_name_one(row)}")
-        return value or ""
+    def content(self, row: dict, where: str) -> str:
+        return without_surrogates(text_value(row, self.column, where, self.flag))
 
 
 @dataclass(frozen=True)
-class _Chat:
-    """A column of messages, OpenAI's (`role`, `content`) or ShareGPT's (`from`, `value`), through the tokenizer's chat
-    template."""
+class ChatColumn:
+    """A column of messages, OpenAI's (`role`, `content`) or ShareGPT's (`from`, `value`)."""
 
     column: str
+    flag: str
 
-    def text(self, row: dict, tokenizer, where: str) -> str:
-        value = _value(row, self.column, where)
-        return _render(_messages(value, where), tokenizer, where) if value else ""
+    def content(self, row: dict, where: str) -> Content:
+        found = value(row, self.column, where, self.flag)
+        return messages(found, where) if found else ""
 
 
 @dataclass(frozen=True)
-class _Turn:
-    """A prompt, perhaps something it refers to, and the answer.
-
-    One exchange through the chat template where the tokenizer has one, as an instruction-tuned model would see it; else the parts
-    with blank lines between them.
-    """
+class TurnColumns:
+    """A prompt, perhaps a context, and the answer, each in its column; both ends may be conversations instead."""
 
     prompt: str
     context: str | None
     answer: str
+    flag: str
 
-    def text(self, row: dict, tokenizer, where: str) -> str:
-        prompt, answer = _value(row, self.prompt, where), _value(row, self.answer, where)
+    def content(self, row: dict, where: str) -> Content:
+        prompt, answer = (value(row, name, where, self.flag) for name in (self.prompt, self.answer))
         if not prompt or not answer:
             return ""
         if _is_chat(prompt) and _is_chat(answer):
-            return _render(_messages(prompt, where) + _messages(answer, where), tokenizer, where)
-        context = row.get(self.context) or "" if self.context else ""
-        for name, value in ((self.prompt, prompt), (self.context, context), (self.answer, answer)):
-            if not isinstance(value, str):
-                raise CalibrationError(f"{where}: the column {name!r} holds {_kind(value)}, not text. {_name_one(row)}")
-        asked = "\n\n".join(part.strip() for part in (prompt, context) if part.strip())
-        if tokenizer is None or not tokenizer.chat_template:
-            return f"{asked}\n\n{answer.strip()}"
-        return _render([{"role": "user", "content": asked}, {"role": "assistant", "content": answer.strip()}], tokenizer, where)
+            return messages(prompt, where) + messages(answer, where)
+        context = text_value(row, self.context, where, self.flag) if self.context and self.context in row else ""
+        parts = (text_value(row, self.prompt, where, self.flag), context, text_value(row, self.answer, where, self.flag))
+        return Turn(*map(without_surrogates, parts))
 
 
-def _reader(row: dict, column: str | None, where: str) -> _Reader:
-    if column is not None:
-        return _Chat(column) if _is_chat(_value(row, column, where)) else TextColumn(column)
+def find_reader(row: dict, columns: Columns, where: str) -> Reader:
+    """The reader for rows like this one, from the columns that were named or else from their names."""
+    if columns.text is not None:
+        chat = _is_chat(value(row, columns.text, where, columns.flag))
+        return ChatColumn(columns.text, columns.flag) if chat else TextColumn(columns.text, columns.flag)
+    named = (columns.prompt, columns.context, columns.answer)
+    if any(named):
+        return _turn_columns(row, columns, where)
     for name in CHAT_COLUMNS:
         if isinstance(row.get(name), list):
-            return _Chat(name)
+            return ChatColumn(name, columns.flag)
     for name in TEXT_COLUMNS:
         if name in row and isinstance(row[name], (str, type(None))):
-            return TextColumn(name)
-    prompt, context, answer = (_first(names, row) for names in (PROMPT_COLUMNS, CONTEXT_COLUMNS, ANSWER_COLUMNS))
-    if prompt and answer:
-        return _Turn(prompt, context, answer)
-    raise CalibrationError(f"{where}: none of its columns is known to hold text. {_name_one(row)}")
+            return TextColumn(name, columns.flag)
+    return _turn_columns(row, columns, where)
 
 
-def _first(names: tuple[str, ...], row: dict) -> str | None:
+def _turn_columns(row: dict, columns: Columns, where: str) -> TurnColumns:
+    for name in (columns.prompt, columns.context, columns.answer):
+        if name is not None:
+            value(row, name, where, columns.flag)
+    prompt = columns.prompt or first_of(PROMPT_COLUMNS, row)
+    context = columns.context or first_of(CONTEXT_COLUMNS, row)
+    answer = columns.answer or first_of(ANSWER_COLUMNS, row)
+    if prompt is None or answer is None:
+        raise CalibrationError(f"{where}: none of its columns is known to hold text. {name_one(row, columns.flag)}")
+    return TurnColumns(prompt, context, answer, columns.flag)
+
+
+def first_of(names: tuple[str, ...], row: dict) -> str | None:
+    """The first of these columns that holds text or messages."""
     return next((name for name in names if isinstance(row.get(name), str) or _is_chat(row.get(name))), None)
 
 
-def _value(row: dict, column: str, where: str) -> Any:
+def value(row: dict, column: str, where: str, flag: str) -> Any:
+    """What stands in a column. Raises `CalibrationError` with the columns that there are if it is not one of them."""
     if column not in row:
-        raise CalibrationError(f"{where} has no column {column!r}. {_name_one(row)}")
+        raise CalibrationError(f"{where} has no column {column!r}. {name_one(row, flag)}")
     return row[column]
 
 
-def _name_one(row: dict) -> str:
-    columns = ", ".join(f"{name} ({_kind(value)})" for name, value in row.items())
-    return f"Name the column with --calib-column; there {'are' if len(row) != 1 else 'is'}: {columns or 'none'}"
+def text_value(row: dict, column: str, where: str, flag: str) -> str:
+    """The text in a column, the empty string for null. Raises `CalibrationError` if it holds something else."""
+    found = value(row, column, where, flag)
+    if not isinstance(found, (str, type(None))):
+        raise CalibrationError(f"{where}: the column {column!r} holds {_kind(found)}, not text. {name_one(row, flag)}")
+    return found or ""
 
 
-def _kind(value: Any) -> str:
+def name_one(row: dict, flag: str) -> str:
+    """The remedy for a message: the option, and the columns to choose from."""
+    columns = ", ".join(f"{name} ({_kind(found)})" for name, found in row.items())
+    return f"Name the column with {flag}; there {'are' if len(row) != 1 else 'is'}: {columns or 'none'}"
+
+
+def _kind(found: Any) -> str:
     names = {
         str: "text",
         bool: "true or false",
@@ -143,30 +216,30 @@ def _kind(value: Any) -> str:
         dict: "an object",
         type(None): "null",
     }
-    return "messages" if _is_chat(value) else names.get(type(value), type(value).__name__)
+    return "messages" if _is_chat(found) else names.get(type(found), type(found).__name__)
 
 
 # -- conversations -----------------------------------------------------------------------------------------------------
 
 
-def _is_chat(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and ("role" in value[0] or "from" in value[0])
+def _is_chat(found: Any) -> bool:
+    return isinstance(found, list) and bool(found) and isinstance(found[0], dict) and ("role" in found[0] or "from" in found[0])
 
 
-def _messages(value: Any, where: str) -> list[dict[str, Any]]:
-    """Either form → a list of `{"role", "content", …}`; further keys of a message (such as tool calls) are kept."""
-    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+def messages(found: Any, where: str) -> list[Message]:
+    """A conversation in either form. Raises `CalibrationError` if it is none, or has an unknown speaker."""
+    if not isinstance(found, list) or not all(isinstance(message, dict) for message in found):
         raise CalibrationError(
-            f"{where}: a conversation is a list of messages such as {{'role': 'user', 'content': '…'}}, got {_kind(value)}"
+            f"{where}: a conversation is a list of messages such as {{'role': 'user', 'content': '…'}}, got {_kind(found)}"
         )
-    messages = []
-    for message in value:
+    result = []
+    for message in found:
         speaker, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
         if speaker not in ROLES:
             raise CalibrationError(f"{where}: a message has the role {speaker!r}; known: {', '.join(ROLES)}")
         rest = {key: item for key, item in message.items() if key not in ("role", "from", "content", "value")}
-        messages.append({"role": ROLES[speaker], "content": _content(content, where), **rest})
-    return messages
+        result.append({"role": ROLES[speaker], "content": _content(content, where), **rest})
+    return result
 
 
 def _content(content: Any, where: str) -> str:
@@ -177,19 +250,23 @@ def _content(content: Any, where: str) -> str:
     return content or ""
 
 
-def _render(messages: list[dict[str, Any]], tokenizer, where: str) -> str:
+def render(conversation: list[Message], tokenizer, where: str, flag: str, ask: bool = False) -> str:
+    """The conversation as the tokenizer's chat template writes it. ask: with what comes before the next answer.
+
+    Raises `CalibrationError` if there is no template, or it refuses the conversation.
+    """
     if tokenizer is None or not tokenizer.chat_template:
         raise CalibrationError(
             f"{where} is a conversation, but the model's tokenizer has no chat template (a base model rarely has one). "
-            "Use the instruction-tuned version of the model, name a column of plain text with --calib-column, or use other text"
+            f"Use the instruction-tuned version of the model, name a column of plain text with {flag}, or use other text"
         )
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False)
+        return tokenizer.apply_chat_template(conversation, tokenize=False, **({"add_generation_prompt": True} if ask else {}))
     except Exception as error:  # a template is a program: it raises what its author chose
         raise CalibrationError(
-            f"{where}: the tokenizer's chat template refuses the roles {', '.join(m['role'] for m in messages)} "
+            f"{where}: the tokenizer's chat template refuses the roles {', '.join(m['role'] for m in conversation)} "
             f"({_first_line(error)}). "
-            "Leave such rows out, or name a column of plain text with --calib-column"
+            f"Leave such rows out, or name a column of plain text with {flag}"
         ) from error
 
 
@@ -197,7 +274,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
-def _without_surrogates(text: str) -> str:
+def without_surrogates(text: str) -> str:
     """JSON may hold half of a surrogate pair, which is no character and which no tokenizer takes: U+FFFD in its place."""
     try:
         text.encode("utf8")

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from cloq.calibration.demo import demo_documents
-from cloq.calibration.hub import hub_passages, hub_set
-from cloq.calibration.local import SUFFIXES, local_passages
+from cloq.calibration.hub import hub_passages, hub_rows, hub_set
+from cloq.calibration.local import SUFFIXES, local_passages, local_rows
 from cloq.calibration.mixture import parse_mixture
 from cloq.calibration.passages import whole
+from cloq.calibration.rows import Row
 from cloq.errors import CalibrationError
 
 HUB_NAMES = {
@@ -33,14 +36,24 @@ def documents(source: str, column: str | None = None, tokenizer=None) -> Iterato
     Raises `CalibrationError`, before the first document where that is possible, if the source is unknown, a mixture, or `self`,
     and whenever it cannot be read.
     """
+    return whole(passages(single(source), column, tokenizer))
+
+
+def single(source: str) -> str:
+    """Raises `CalibrationError` if the source is a mixture."""
     if len(parts := parse_mixture(source)) > 1:
         raise CalibrationError(f"{source!r} is a mixture; here one text is needed: name one of {', '.join(part.source for part in parts)}")
-    return whole(passages(parts[0].source, column, tokenizer))
+    return parts[0].source
+
+
+def source_rows(source: str) -> Iterator[Row]:
+    """The rows of one source as they are, in order, each with its place in words; a text file is one row, a string."""
+    return _reader(source).rows()
 
 
 def passages(source: str, column: str | None = None, tokenizer=None) -> Iterator[str]:
     """The text of one source as it is read: documents, large ones in pieces (`Unfinished`)."""
-    return _reader(source)(column, tokenizer)
+    return _reader(source).passages(column, tokenizer)
 
 
 def check(source: str) -> None:
@@ -49,21 +62,28 @@ def check(source: str) -> None:
         _reader(source)
 
 
-def _reader(source: str) -> Callable[..., Iterator[str]]:
+class _Reader(NamedTuple):
+    """passages: `(column, tokenizer)` → text. rows: what it was made of."""
+
+    passages: Callable[..., Iterator[str]]
+    rows: Callable[[], Iterator[Row]]
+
+
+def _reader(source: str) -> _Reader:
     path = Path(source).expanduser()
     if source == "demo":
-        return lambda column, tokenizer: demo_documents()
+        return _Reader(lambda column, tokenizer: demo_documents(), lambda: (("demo", text) for text in demo_documents()))
     if source == "self":
         raise CalibrationError(
             "'self' is text that the model samples while it is calibrated; it cannot be read. Name a text, a file or a data set"
         )
     if source in HUB_NAMES:
         wanted = hub_set(HUB_NAMES[source])
-        return lambda column, tokenizer: hub_passages(wanted, None, tokenizer)
+        return _Reader(lambda column, tokenizer: hub_passages(wanted, None, tokenizer), lambda: hub_rows(wanted))
     if os.path.exists(path):
-        return lambda column, tokenizer: local_passages(path, column, tokenizer)
+        return _Reader(functools.partial(local_passages, path), functools.partial(local_rows, path))
     if not _looks_like_path(source) and (wanted := hub_set(source)):
-        return lambda column, tokenizer: hub_passages(wanted, column, tokenizer)
+        return _Reader(functools.partial(hub_passages, wanted), functools.partial(hub_rows, wanted))
     raise CalibrationError(_unknown(source, path))
 
 

@@ -139,7 +139,7 @@ def _too_short(source: str, tokens: int, sequences: int, spec: CalibSpec, weight
 
 def _drawn(text: Iterable[str], tokenizer, spec: CalibSpec, source: str, weights: list[float], index: int) -> CalibrationTokens:
     count = _counts(spec, weights)[index]
-    pool, tokens = _pool(text, tokenizer, spec.seq_len, sum(count) * _POOL)
+    pool, tokens = cut_sequences(text, tokenizer, spec.seq_len, sum(count) * _POOL)
     if len(pool) < sum(count):
         raise _too_short(source, tokens, len(pool), spec, weights, index)
     drawn = _shuffled(pool, spec.seed)[: sum(count)]
@@ -165,8 +165,8 @@ def _sampled(sample_text: SampleText | None, spec: CalibSpec, count: _Count) -> 
 # -- text to tokens ----------------------------------------------------------------------------------------------------
 
 
-def _pool(text: Iterable[str], tokenizer, seq_len: int, limit: int) -> tuple[Tensor, int]:
-    """Up to `limit` sequences `(n, seq_len)` from the beginning of the text, and the number of tokens read."""
+def cut_sequences(text: Iterable[str], tokenizer, seq_len: int, limit: int) -> tuple[Tensor, int]:
+    """Up to `limit` sequences `(n, seq_len)` from the beginning of a stream of documents, and the number of tokens read."""
     start = torch.tensor(sequence_start(tokenizer), dtype=torch.int64)
     body = seq_len - len(start)
     rows: list[Tensor] = []

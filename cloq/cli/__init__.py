@@ -7,6 +7,7 @@ import sys
 import typer
 
 import cloq.cli.evaluate
+import cloq.cli.train
 import cloq.cli.use  # noqa: F401 - they add their commands
 from cloq.cli.app import app
 from cloq.errors import CloqError

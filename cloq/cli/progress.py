@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
+from typing import Any, TextIO
 
 Emit = Callable[[str, dict[str, Any]], None]
 
 
 @contextmanager
-def progress(mode: str) -> Iterator[Emit]:
-    """mode: `bar` for people, `json` for one JSON object per line on standard output, `quiet` for nothing."""
+def progress(mode: str, bar: Callable[[], AbstractContextManager[Emit]] | None = None) -> Iterator[Emit]:
+    """mode: `bar` for people, `json` for one JSON object per line on standard output, `quiet` for nothing. bar: instead of the one for
+    quantizing."""
+    stdout = sys.stdout
     if mode == "json":
-        yield _json_line
+        with redirect_stdout(sys.stderr):  # libraries that greet and report on standard output
+            yield functools.partial(_json_line, stdout)
     elif mode == "quiet":
-        yield lambda event, values: None
+        with redirect_stdout(io.StringIO()):
+            yield lambda event, values: None
     else:
-        with _bar() as emit:
+        with (bar or _bar)() as emit:
             yield emit
 
 
-def _json_line(event: str, values: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps({"event": event, **values}, default=str) + "\n")
-    sys.stdout.flush()
+def _json_line(stream: TextIO, event: str, values: dict[str, Any]) -> None:
+    stream.write(json.dumps({"event": event, **values}, default=str) + "\n")
+    stream.flush()
 
 
 @contextmanager

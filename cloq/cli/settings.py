@@ -6,6 +6,7 @@ import functools
 import inspect
 import typing
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,39 +47,58 @@ HELP = {
 }
 
 
-def with_settings(command: Callable) -> Callable:
-    """Gives a command every setting as a flag. The command's `settings` argument receives those that were given on the command line."""
-    own = [p for p in inspect.signature(command).parameters.values() if p.name != "settings"]
+@dataclass(frozen=True)
+class Flag:
+    """One setting as a flag of the command line. kind: type of its value. shown: its default, for the help."""
 
-    @functools.wraps(command)
-    def wrapper(**arguments: Any):
-        settings = {name: arguments.pop(name) for name in HELP}
-        given = {name: _converted(name, value) for name, value in settings.items() if value is not None and value != []}
-        return command(**arguments, settings=given)
+    name: str
+    kind: type
+    help: str
+    shown: str | bool = False
+    panel: str = "Run"
 
-    hints = typing.get_type_hints(command, include_extras=True)
-    parameters = [p.replace(annotation=hints[p.name], kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
-    wrapper.__signature__ = inspect.Signature([*parameters, *map(_parameter, HELP)])
-    wrapper.__annotations__ = {p.name: p.annotation for p in wrapper.__signature__.parameters.values()}
-    return wrapper
+    def parameter(self) -> inspect.Parameter:
+        flag = "--" + self.name.replace("_", "-")
+        if self.kind is bool:
+            flag = f"{flag}/--no-{flag.removeprefix('--')}"
+        option = typer.Option(flag, help=self.help, show_default=self.shown, rich_help_panel=self.panel)
+        kind = Annotated[self.kind | None, option]
+        return inspect.Parameter(self.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
 
 
-def _parameter(name: str) -> inspect.Parameter:
+def with_flags(flags: list[Flag], convert: Callable[[str, Any], Any]) -> Callable[[Callable], Callable]:
+    """Gives a command these flags. Its `settings` argument receives those that were given on the command line, converted."""
+
+    def decorate(command: Callable) -> Callable:
+        own = [p for p in inspect.signature(command).parameters.values() if p.name != "settings"]
+
+        @functools.wraps(command)
+        def wrapper(**arguments: Any):
+            settings = {flag.name: arguments.pop(flag.name) for flag in flags}
+            given = {name: convert(name, value) for name, value in settings.items() if value is not None and value != []}
+            return command(**arguments, settings=given)
+
+        hints = typing.get_type_hints(command, include_extras=True)
+        parameters = [p.replace(annotation=hints[p.name], kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+        wrapper.__signature__ = inspect.Signature([*parameters, *(flag.parameter() for flag in flags)])
+        wrapper.__annotations__ = {p.name: p.annotation for p in wrapper.__signature__.parameters.values()}
+        return wrapper
+
+    return decorate
+
+
+def _flag(name: str) -> Flag:
     section, key = FLAT[name]
     default = RunSpec()
     value = getattr(getattr(default, section) if section else default, key)
-    flag = "--" + name.replace("_", "-")
-    kind, shown = type(value), value
+    kind, shown = type(value), str(value)
     if name == "group_size":
         kind = str
     elif isinstance(value, tuple):
-        kind, shown = list[str], None
+        kind, shown = list[str], False
     elif value is None:
-        kind = float if name == "magr_alpha" else str
-    if kind is bool:
-        flag = f"{flag}/--no-{flag.removeprefix('--')}"
-    option = typer.Option(flag, help=HELP[name], show_default=False if shown is None else str(shown), rich_help_panel=_PANELS[section])
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option])
+        kind, shown = float if name == "magr_alpha" else str, False
+    return Flag(name, kind, HELP[name], shown, _PANELS[section])
 
 
 _PANELS = {"quant": "Quantization", "lora": "Factors", "calib": "Calibration", "": "Run"}
@@ -94,6 +114,10 @@ def _converted(name: str, value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+with_settings = with_flags([_flag(name) for name in HELP], _converted)
+"""Gives a command every setting of a run."""
+
+
 def resolve(model: str | None, config: Path | None, settings: dict[str, Any]) -> RunSpec:
     """The run's spec: from the run file if there is one, then the flags that were given."""
     from cloq.api import read_run_file
@@ -107,4 +131,4 @@ def default_out(spec: RunSpec) -> Path:
     return Path(f"{Path(spec.model).name.lower()}-{spec.quant.bits}bit-{spec.lora.init}")
 
 
-__all__ = ["HELP", "default_out", "resolve", "with_settings"]
+__all__ = ["HELP", "Flag", "default_out", "resolve", "with_flags", "with_settings"]

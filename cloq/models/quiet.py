@@ -10,6 +10,7 @@ import os
 import warnings
 
 _CHATTER = (
+    "huggingface_hub.repocard",  # an adapter's README without metadata, which PEFT writes
     "torchao",  # "Failed to load …so": its CUDA kernels, on a machine that has none
     "bitsandbytes",  # a faster CPU kernel that it would fetch from the hub
     "torch.utils._pytree",  # deprecations between torch and torchao, at import

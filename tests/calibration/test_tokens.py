@@ -39,7 +39,7 @@ def rows(part):
 
 def pooled(documents, seq_len, tokenizer=TOKENIZER):
     """Every sequence of a text, in the order of the text."""
-    return tokens._pool(documents, tokenizer, seq_len, 10**9)[0]
+    return tokens.cut_sequences(documents, tokenizer, seq_len, 10**9)[0]
 
 
 # -- the stream --------------------------------------------------------------------------------------------------------
