@@ -58,9 +58,12 @@ def quantize_blocks(
     layers = plan_layers(spec, decoder)
     if given is not None:
         layers = {name: layer.replace(dense=layer.dense or name not in given.names) for name, layer in layers.items()}
+        if all(layer.dense for layer in layers.values()):
+            raise SpecError("none of the layers that --only, --skip and the rules leave is quantized in the given base")
     done = store.begin(manifest(spec, decoder, tokens, given), restart)
     clock = _Clock(emit)
     total = len(decoder.blocks)
+    last = max(i for i in range(total) if any(not layers[name].dense for name in decoder.linears(i)))  # behind it nobody needs activations
     emit("start", {"blocks": total, "finished": done, "layers": sum(not s.dense for s in layers.values())})
     with clock("embed"):
         calibration = decoder.enter(tokens.calibration, spec.batch_tokens)
@@ -77,7 +80,7 @@ def quantize_blocks(
             results = _solve_block(spec, decoder, index, linears, layers, calibration, heldout, clock, emit, given)
             with clock("store"):
                 store.write(index, results)
-        if index + 1 < total:
+        if index < last:
             with clock("propagate"):
                 for batches in (calibration, heldout):
                     for i, batch in enumerate(batches):  # in place: old and new activations of all batches never stand side by side

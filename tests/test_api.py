@@ -187,6 +187,21 @@ def test_factors_for_a_base_that_exists(finished, tmp_path):
         torch.testing.assert_close(AdapterFolder(result.adapter).read(name).delta(), AdapterFolder(finished.adapter).read(name).delta())
 
 
+def test_a_given_base_with_no_layer_to_fit_is_refused(finished, text, tmp_path):
+    half = cloq.quantize(finished.spec.model, out=tmp_path / "half", calib=str(text), **SETTINGS, only="q_proj")
+    with pytest.raises(SpecError, match=r"none of the layers .* is quantized in the given base"):
+        run(run_spec(finished.spec, quantized=str(half.base), only="mlp.*"), tmp_path / "out")
+
+
+def test_nothing_runs_behind_the_last_layer_that_is_wanted(finished, text, tmp_path):
+    events = []
+    settings = SETTINGS | {"calib": str(text), "only": "*.layers.0.*"}
+    first = cloq.quantize(finished.spec.model, out=tmp_path / "out", emit=lambda *event: events.append(event), **settings)
+    assert [values["phase"] for name, values in events if name == "phase"].count("propagate") == 0
+    for name, summary in first.layers.items():
+        assert summary.metrics.error_corrected == finished.layers[name].metrics.error_corrected
+
+
 def test_initializers_that_change_the_base_are_refused_for_a_given_one(finished):
     with pytest.raises(SpecError, match="loftq"):
         run_spec(finished.spec, quantized=str(finished.base), init="loftq")

@@ -25,18 +25,18 @@ def model_card(report: Report) -> str:
 
 
 def _front_matter(report: Report) -> str:
-    quant, name = report.spec.quant, report.model_name()
+    name = report.model_name()
     values: dict = {"library_name": "peft", "pipeline_tag": "text-generation"}
     if is_hub_id(report.spec.model):
         values |= {"base_model": name, "base_model_relation": "quantized"}
-    values["tags"] = ["cloq", "lora", "quantized", f"{quant.bits}-bit", quant.quantizer, report.spec.lora.init]
-    values["tags"] = list(dict.fromkeys(values["tags"]))
+    ours = [] if report.form is None else [report.spec.quant.quantizer]
+    values["tags"] = list(dict.fromkeys(["cloq", "lora", "quantized", f"{report.bits()}-bit", *ours, report.spec.lora.init]))
     return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---\n"
 
 
 def _what(report: Report) -> str:
     base = "a base that was quantized before" if report.form is None else f"a base quantized with {report.describe_base()}"
-    return f"""# {_text(report.model_name())}, {report.spec.quant.bits} bits with {report.spec.lora.init} factors
+    return f"""# {_text(report.model_name())}, {report.bits()} bits with {report.spec.lora.init} factors
 
 {_text(report.model_name())} as {_text(base)}, and {_text(report.describe_adapter())} as a LoRA adapter.
 {_start(report)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -127,6 +128,13 @@ class Report:
     def model_name(self) -> str:
         """The hub id, or the name of the folder without the path to it."""
         return self.spec.model if is_hub_id(self.spec.model) else Path(self.spec.model).name
+
+    def bits(self) -> int:
+        """The width that most weights have: of the layers themselves, since a given base has not the one in the settings."""
+        weights: Counter[int] = Counter()
+        for summary in self.layers.values():
+            weights[summary.layout.bits] += math.prod(summary.layout.shape)
+        return weights.most_common(1)[0][0]
 
     def describe_base(self) -> str:
         """`GPTQ after MagR, 2 bits, groups of 64, asymmetric`; other widths are named where rules make several."""

@@ -136,3 +136,12 @@ def test_local_folders_are_named_without_their_path(tmp_path):
     report = synthetic.report(spec=spec)
     assert report.model_name() == "my-model"
     assert report.describe_calibration() == f"{128 * 2048:,} tokens of a.txt:0.5, c4:0.5"
+
+
+def test_the_width_is_that_of_the_layers_and_not_of_the_settings():
+    """A given base has not the width of the settings, which nobody set."""
+    made = synthetic.report(spec=run_spec(model="owner/tiny-model", bits=8))
+    assert made.spec.quant.bits == 8 and made.bits() == 2
+    name = next(iter(made.layers))
+    wide = made.layers[name]._replace(layout=replace(made.layers[name].layout, bits=4, shape=(4096, 4096)))
+    assert replace(made, layers=made.layers | {name: wide}).bits() == 4
