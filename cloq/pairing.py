@@ -45,7 +45,7 @@ class Pair:
         factors = AdapterFolder(adapter or out / "adapter")
         folder = locate(str(base or base_folder(out, factors)))
         if base is None:
-            _refuse_another_base(factors, folder, out)
+            refuse_another_base(factors, folder, out)
         factors.refuse_more_than_lora()
         source = QuantizedFolder(folder)
         decoder = source.decoder(trust_remote_code=trust_remote_code)
@@ -60,7 +60,7 @@ class Pair:
 # -- what does not fit -------------------------------------------------------------------------------------------------
 
 
-def _refuse_another_base(adapter: AdapterFolder, base: Path, out: Path) -> None:
+def refuse_another_base(adapter: AdapterFolder, base: Path, out: Path) -> None:
     """An adapter that names a base which is neither this one, nor a copy of it, nor another export of the run is not for this one. A
     run that has moved since names a folder that is gone; a hub id is another model."""
     stated = adapter.config.get("base_model_name_or_path")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +11,9 @@ from cloq.check import check_adapter
 from cloq.errors import TrainingError
 from cloq.export.peft import AdapterFolder
 from cloq.export.read import QuantizedFolder, read_config
-from cloq.loading import require_libraries
+from cloq.loading import base_folder, require_libraries
+from cloq.pairing import refuse_another_base
 from cloq.pipeline import versions
-from cloq.store import Store
 from cloq.training.spec import TrainSpec
 
 
@@ -32,8 +31,8 @@ class Start:
 def find_start(spec: TrainSpec) -> Start:
     """Finds base and adapter, from their files alone.
 
-    Raises `TrainingError` if there is no finished run, or the adapter was not made for this base; `ExportError` if one of the two is
-    damaged.
+    Raises `TrainingError` if there is no finished run, or the adapter does not fit the base; `ExportError` if it says that it was made for
+    another, or one of the two is damaged.
     """
     run = Path(spec.run)
     if not spec.run or not run.is_dir():
@@ -41,46 +40,15 @@ def find_start(spec: TrainSpec) -> Start:
     if not spec.adapter and not (run / "adapter").is_dir():
         raise TrainingError(f"{run} has no adapter; it is not a finished run (run cloq quantize to its end), or name one with --adapter")
     adapter = AdapterFolder(spec.adapter or run / "adapter")
-    base = _base(spec, run, adapter)
+    base = Path(spec.base) if spec.base else base_folder(run, adapter)
     require_libraries(base)
-    source = QuantizedFolder(base)
-    fingerprint = source.fingerprint()
     wrong = [finding.what for finding in check_adapter(adapter, base) if not finding.ok]
     if wrong:
         raise TrainingError(f"{adapter.folder} does not fit the base in {base}: {wrong[0]}")
-    if not _belongs(adapter, base, fingerprint, run):
-        raise TrainingError(
-            f"{adapter.folder} was made for the base in {adapter.config.get('base_model_name_or_path')}, not for the one in {base}, whose "
-            "errors it would not undo. Name that one with --base; or, if this is the same base in another place, correct "
-            "base_model_name_or_path in adapter_config.json"
-        )
+    if not spec.base:
+        refuse_another_base(adapter, base, run)
+    fingerprint = QuantizedFolder(base).fingerprint()
     return Start(base.resolve(), adapter, fingerprint, read_config(base).get("max_position_embeddings"), versions())
-
-
-def _base(spec: TrainSpec, run: Path, adapter: AdapterFolder) -> Path:
-    if spec.base:
-        return Path(spec.base)
-    stated = adapter.config.get("base_model_name_or_path")
-    return run / "model" if (run / "model" / "config.json").is_file() or not stated else Path(stated)
-
-
-def _belongs(adapter: AdapterFolder, base: Path, fingerprint: str, run: Path) -> bool:
-    """The adapter names this base, or one that is the same byte for byte, or lies beside it with the factors that its run fitted."""
-    stated = Path(str(adapter.config.get("base_model_name_or_path")))
-    if stated.resolve() == base.resolve():
-        return True
-    if (stated / "config.json").is_file():
-        return QuantizedFolder(stated).fingerprint() == fingerprint
-    beside = adapter.folder.resolve().parent == run.resolve() == base.resolve().parent
-    return beside and all(_fitted_here(adapter, run))
-
-
-def _fitted_here(adapter: AdapterFolder, run: Path) -> Iterator[bool]:
-    """For each layer of the run's first stored block, whether the adapter has the factors that are stored there."""
-    store = Store(run)
-    for name, result in store.read(0).items() if store.finished() else ():
-        found = adapter.read(name)
-        yield name in adapter.names and found.A.shape == result.factors.A.shape and bool((found.A == result.factors.A).all())
 
 
 def prepare(model: nn.Module, spec: TrainSpec) -> nn.Module:
