@@ -31,6 +31,10 @@ CASES = {
 }
 
 
+RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "131072"}
+"""For glibc: a mapping of its own for everything large, gone when it is freed. Otherwise gaps in the heap count as used."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, help="the 16-bit model")
@@ -41,7 +45,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing in all cases")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--default-heap", action="store_true", help="leave glibc's heap as it is, which cloq train does not")
+    parser.add_argument("--return-freed", action="store_true", help="make glibc give back at once what is freed: slower, less memory")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -62,6 +66,7 @@ def in_child(case: str) -> dict:
     """Runs one case with this command's own arguments and adds the peak of its resident set."""
     with tempfile.NamedTemporaryFile("r") as answer:
         environment = os.environ | {"BENCH_ANSWER": answer.name, "TORCHDYNAMO_DISABLE": "1"}
+        environment |= RETURN_FREED if "--return-freed" in sys.argv else {}
         process = subprocess.Popen([sys.executable, *sys.argv, "--child", case], env=environment, stdout=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -76,11 +81,9 @@ def in_child(case: str) -> dict:
 def measure(arguments: argparse.Namespace) -> None:
     import torch
 
-    from cloq.models import map_large_allocations, quiet_libraries
+    from cloq.models import quiet_libraries
 
     quiet_libraries()
-    if not arguments.default_heap:
-        map_large_allocations()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, arguments.precision)
     import cloq.training.run  # noqa: F401 - what every case imports sooner or later

@@ -114,10 +114,9 @@ def _train(run: Path | None, to: Path | None, config: Path | None, restart: bool
     from cloq.training import resolve
 
     spec = resolve(run, config, settings)  # before the heavy imports
-    from cloq.models import map_large_allocations, quiet_libraries
+    from cloq.models import quiet_libraries
 
     quiet_libraries()
-    map_large_allocations()
     from cloq.training.processes import is_main
     from cloq.training.run import run as execute
 

@@ -2,7 +2,6 @@
 
 from cloq.models.checkpoint import Checkpoint, TensorSource
 from cloq.models.decoder import Batch, Decoder
-from cloq.models.heap import map_large_allocations
 from cloq.models.linears import is_conv1d, is_linear, linear_shape, set_weight
 from cloq.models.locate import cache_folder, locate
 from cloq.models.quiet import quiet_libraries
@@ -21,7 +20,6 @@ __all__ = [
     "load_config",
     "load_tokenizer",
     "locate",
-    "map_large_allocations",
     "max_positions",
     "quiet_libraries",
     "sample_text",
