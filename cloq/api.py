@@ -130,21 +130,6 @@ def draw_tokens(spec: RunSpec, decoder: Decoder) -> CalibrationTokens:
     return calibration_tokens(spec.calib, tokenizer, sample_text=sample, max_positions=decoder.max_positions)
 
 
-def evaluate(
-    out: str | Path, *, text: str, seq_len: int = 2048, samples: int | None = None, dense: bool = True, device: str = "auto",
-    progress: Progress | None = None,
-) -> list[Quality]:  # fmt: skip
-    """Perplexity of a finished run on a text (any calibration source, or a file), added to its report. See `evaluate_tokens`."""
-    from cloq.calibration import documents
-    from cloq.evaluate import beginning, evaluation_tokens
-    from cloq.models import load_tokenizer
-
-    tokenizer = load_tokenizer(_base_folder(Path(out)))
-    enough = samples * seq_len if samples else None
-    tokens = evaluation_tokens(beginning(documents(text, tokenizer=tokenizer), enough), tokenizer, seq_len, samples)
-    return evaluate_tokens(out, tokens, text, dense=dense, device=device, progress=progress)
-
-
 def evaluate_tokens(
     out: str | Path, tokens: Tensor, text: str, *, dense: bool = True, device: str = "auto", progress: Progress | None = None
 ) -> list[Quality]:  # fmt: skip
@@ -156,7 +141,6 @@ def evaluate_tokens(
     from cloq.evaluate import Quality, perplexity
     from cloq.export.peft import AdapterFolder
     from cloq.export.read import QuantizedFolder
-    from cloq.models import set_weight
     from cloq.pipeline import resolve_device
     from cloq.report import add_quality
 
@@ -164,12 +148,7 @@ def evaluate_tokens(
     spec = read_run_file(out / RUN_FILE)
     folder = _base_folder(out)
     base = QuantizedFolder(folder).decoder(device)
-    factors = AdapterFolder(out / "adapter")
-
-    def add_adapter(index: int, linears: dict) -> None:
-        for name, module in linears.items():
-            if name in factors.names:
-                set_weight(module, base.weight(name, module) + factors.delta(name).to(base.device))
+    add_adapter = AdapterFolder(out / "adapter").added_to(base)
 
     models = [("base", base, None), ("base + adapter", base, add_adapter)]
     if dense:

@@ -142,18 +142,11 @@ def measure_perplexity(subject: Subject, tokens: Tensor, text: str, device: str,
     from cloq.evaluate import perplexity
     from cloq.export.peft import AdapterFolder
     from cloq.export.read import QuantizedFolder
-    from cloq.models import set_weight
 
     decoder = QuantizedFolder(subject.base).decoder(device)
-    factors = AdapterFolder(subject.adapter) if subject.adapter else None
-
-    def add_adapter(index: int, linears: dict) -> None:
-        for name, module in linears.items():
-            if name in factors.names:
-                set_weight(module, decoder.weight(name, module) + factors.delta(name).to(decoder.device))
-
+    add_adapter = AdapterFolder(subject.adapter).added_to(decoder) if subject.adapter else None
     count = (lambda done, total: progress(subject.label, done, total)) if progress else None
-    found = perplexity(decoder, tokens, set_weights=add_adapter if factors else None, progress=count)
+    found = perplexity(decoder, tokens, set_weights=add_adapter, progress=count)
     rows = tuple(
         RowResult(text, number, _digest(ids), found.protocol, {"perplexity": -loss})
         for number, (ids, loss) in enumerate(zip(tokens, found.losses, strict=True))

@@ -93,7 +93,7 @@ def main() -> None:
     from cloq.evaluate import evaluation_tokens, perplexity
     from cloq.export.peft import AdapterFolder
     from cloq.export.read import QuantizedFolder
-    from cloq.models import load_tokenizer, set_weight
+    from cloq.models import load_tokenizer
 
     tokens = evaluation_tokens(Path(args.eval).read_text("utf8"), load_tokenizer(Path(args.model)), 1024, args.eval_samples)
     rows = []
@@ -105,14 +105,7 @@ def main() -> None:
             row = {"tool": name, "base perplexity": perplexity(decoder, tokens).value, "seconds": seconds, "peak MiB": peak}
             adapter = next(iter([*out.rglob("adapter_config.json")]), None)
             if adapter is not None and "base alone" not in name:
-                factors = AdapterFolder(adapter.parent)
-
-                def add(index: int, linears: dict, decoder=decoder, factors=factors) -> None:
-                    for layer, module in linears.items():
-                        rank, alpha = factors.rank_and_alpha(layer)
-                        set_weight(module, decoder.weight(layer, module) + factors.read(layer).delta() * (alpha / rank))
-
-                row["with adapter"] = perplexity(decoder, tokens, set_weights=add).value
+                row["with adapter"] = perplexity(decoder, tokens, set_weights=AdapterFolder(adapter.parent).added_to(decoder)).value
             rows.append(row)
             print(row, flush=True)
     if args.json:

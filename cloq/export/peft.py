@@ -11,15 +11,16 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from cloq.errors import ExportError
 from cloq.export.folder import replaced_when_complete
+from cloq.models import Decoder, set_weight
 from cloq.store import Store, write_atomically, write_tensors, writing
 from cloq.types import LoraFactors
 
@@ -125,6 +126,16 @@ class AdapterFolder:
         self.refuse_more_than_lora()
         rank, alpha = self.rank_and_alpha(name)
         return self.read(name).delta() * (alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank))
+
+    def added_to(self, decoder: Decoder) -> Callable[[int, dict[str, nn.Module]], None]:
+        """For `cloq.evaluate.perplexity`: puts `W + delta` into every layer of a block that has factors."""
+
+        def add(index: int, linears: dict[str, nn.Module]) -> None:
+            for name, module in linears.items():
+                if name in self.names:
+                    set_weight(module, decoder.weight(name, module) + self.delta(name).to(decoder.device))
+
+        return add
 
     def refuse_more_than_lora(self) -> None:
         """Raises `ExportError` if the adapter is more than products added to the weights of linear layers."""

@@ -10,8 +10,9 @@ from torch import nn
 from cloq.check import check_adapter
 from cloq.errors import TrainingError
 from cloq.export.peft import AdapterFolder
-from cloq.export.read import QuantizedFolder, read_config
+from cloq.export.read import QuantizedFolder
 from cloq.loading import base_folder, require_libraries
+from cloq.models import load_config, max_positions
 from cloq.pairing import refuse_another_base
 from cloq.pipeline import versions
 from cloq.training.spec import TrainSpec
@@ -48,7 +49,8 @@ def find_start(spec: TrainSpec) -> Start:
     if not spec.base:
         refuse_another_base(adapter, base, run)
     fingerprint = QuantizedFolder(base).fingerprint()
-    return Start(base.resolve(), adapter, fingerprint, read_config(base).get("max_position_embeddings"), versions())
+    limit = max_positions(load_config(base, spec.trust_remote_code))
+    return Start(base.resolve(), adapter, fingerprint, limit, versions())
 
 
 def prepare(model: nn.Module, spec: TrainSpec) -> nn.Module:
