@@ -185,6 +185,20 @@ def balance(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     return (qb @ (u * root)).to(B.dtype), ((root[:, None] * vt) @ qa.T).to(A.dtype)
 
 
+def deflate(gram: Tensor, rows: Tensor, kept: float = 0.0) -> Tensor:
+    """`G − (1 − kept) · G Aᵀ (A G Aᵀ)⁺ A G` for `G (in, in)`, `A (r, in)`: what is left of `G` once `B A` may take what it can.
+
+    With `kept = 0`, `trace(E G' Eᵀ) = min over B of ‖(E − B A) S‖²`, the least-squares residual. Positive semi-definite for `kept` in
+    0 … 1. Directions of `A S` below 1e-6 of the largest (squared) are left in.
+    """
+    rows = _wide(rows)
+    weighted = _times_gram(rows, gram)
+    values, vectors = torch.linalg.eigh(_symmetric(weighted @ rows.T))
+    held = values > 1e-6 * values[-1].clamp_min(0)
+    directions = ((vectors[:, held] / values[held].sqrt()).T @ weighted).to(gram.dtype)
+    return _symmetric(torch.addmm(gram, directions.T, directions, alpha=kept - 1.0))
+
+
 def inverse_cholesky(gram: Tensor, damping: float, attempts: int = 8) -> DampedCholesky:
     """Upper triangular `U` with `Uᵀ U = (G + λ I)⁻¹`, `λ = damping · mean(diag G)`, float32 in and out.
 

@@ -136,7 +136,7 @@ def solve_layer(
         stats = LayerStats(torch.eye(weight.shape[1], device=weight.device), 0)
     quantizer = quantizers.from_spec(layer.quant)
     initializer = initializers.from_spec(lora)
-    quantized, factors = initializer.initialize(weight, stats, lambda w: given or quantizer.quantize(w, stats), rank)
+    quantized, factors = initializer.initialize(weight, stats, lambda w, s: given or quantizer.quantize(w, s), rank)
     if quantized.damping > layer.quant.damping:
         notes.append(f"Cholesky failed with damping {layer.quant.damping:g}; raised to {quantized.damping:g}")
     seconds = time.perf_counter() - started

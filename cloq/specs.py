@@ -30,7 +30,7 @@ QUANTIZER_SETTINGS = {
 }
 """Settings of `QuantSpec` that not every quantizer has → those that do."""
 
-INITIALIZER_SETTINGS = {"split": ("cloq",), "iterations": ("loftq",)}
+INITIALIZER_SETTINGS = {"split": ("cloq",), "rounds": ("cloq",), "iterations": ("loftq",)}
 """Settings of `LoraSpec` that not every initializer has → those that do."""
 
 
@@ -139,18 +139,24 @@ class QuantSpec(Spec):
 
 @dataclass(frozen=True)
 class LoraSpec(Spec):
-    """How the factors are found. rank: clipped per layer to `min(in, out)`. split: CLoQ's, see
-    `closed_form`. iterations: LoftQ's rounds. Each is refused elsewhere where it is not the default."""
+    """How the factors are found.
+
+    rank: clipped per layer to `min(in, out)`.
+    split, rounds: CLoQ's: see `closed_form`, and how often the codes are chosen again for the factors (0 is the paper's method).
+    iterations: LoftQ's rounds. Each is refused elsewhere where it is not the default.
+    """
 
     init: str = "cloq"
     rank: int = 64
     split: str = "paper"
+    rounds: int = 0
     iterations: int = 5
 
     def __post_init__(self):
         one_of("init", self.init, INITIALIZER_NAMES)
         one_of("split", self.split, SPLIT_NAMES)
         require(1 <= self.rank <= 4096, f"rank is {self.rank}; allowed: 1 to 4096 (16 to 128 is usual)")
+        require(0 <= self.rounds <= 100, f"rounds is {self.rounds}; allowed: 0 to 100 (0 to 4 is usual)")
         require(1 <= self.iterations <= 100, f"iterations is {self.iterations}; allowed: 1 to 100")
         _refuse_ignored(self, "init", INITIALIZER_SETTINGS)
 
@@ -271,7 +277,7 @@ FLAT = {
     },
     **{name: ("", name) for name in ("only", "skip", "rules")},
     **{f.name: ("quant", f.name) for f in dataclasses.fields(QuantSpec)},
-    **{name: ("lora", name) for name in ("init", "rank", "split")},
+    **{name: ("lora", name) for name in ("init", "rank", "split", "rounds")},
     "loftq_iterations": ("lora", "iterations"),
     "calib": ("calib", "source"),
     "calib_samples": ("calib", "samples"),

@@ -200,8 +200,8 @@ class Quantizer(Protocol):
     def quantize(self, weight: Tensor, stats: LayerStats) -> AnyQuantizedWeight: ...
 
 
-Quantize = Callable[[Tensor], AnyQuantizedWeight]
-"""A quantizer with its statistics already bound, as the initializers are given it."""
+Quantize = Callable[[Tensor, LayerStats], AnyQuantizedWeight]
+"""A quantizer as the initializers are given it: `Quantizer.quantize`, or a base that is there already, whatever is asked."""
 
 
 class Initializer(Protocol):

@@ -43,7 +43,8 @@ BASES = {
 LOFTQ_ITERATIONS = {"rtn": 5}
 """LoftQ's rounds: five on the cheap quantizer it was made for, two where every round runs GPTQ again."""
 
-INITS = ("zero", "svd", "loftq", "qera", "eora", "cloq")
+INITS = ("zero", "svd", "loftq", "qera", "eora", "cloq", "cloq, 1 round", "cloq, 2 rounds", "cloq, 4 rounds", "cloq, 8 rounds")
+"""The default of `--inits` are the kinds; rounds choose the codes again for the factors, and so give bases of their own."""
 
 
 @dataclass
@@ -95,7 +96,10 @@ def run(args: argparse.Namespace) -> list[dict]:
 
 
 def lora(init: str, base: str, rank: int) -> LoraSpec:
-    return LoraSpec(init, rank, iterations=LOFTQ_ITERATIONS.get(base, 2)) if init == "loftq" else LoraSpec(init, rank)
+    if init == "loftq":
+        return LoraSpec(init, rank, iterations=LOFTQ_ITERATIONS.get(base, 2))
+    kind, _, rounds = init.partition(", ")
+    return LoraSpec(kind, rank, rounds=int(rounds.split()[0])) if rounds else LoraSpec(kind, rank)
 
 
 def block(decoder: Decoder, index: int, reference: Variant, variants: list[Variant], shared: bool) -> None:
@@ -137,7 +141,7 @@ def statistics(decoder: Decoder, index: int, variant: Variant, linears: dict, na
 def solve(variant: Variant, name: str, weight: torch.Tensor, stats, unseen, bases: dict) -> torch.Tensor:
     quantizer = quantizers.from_spec(variant.quant)
 
-    def quantize(w):
+    def quantize(w, stats):
         if w.data_ptr() != weight.data_ptr():  # not the weight itself, which an initializer may have detached
             return quantizer.quantize(w, stats)
         if not isinstance(quantizer, quantizers.Magr):
@@ -189,7 +193,7 @@ def main() -> None:
     parser.add_argument("--eval", required=True)
     parser.add_argument("--bits", type=int, nargs="+", default=[2])
     parser.add_argument("--bases", nargs="+", choices=list(BASES), default=["rtn", "gptq", "gptq+magr"])
-    parser.add_argument("--inits", nargs="+", choices=INITS, default=list(INITS))
+    parser.add_argument("--inits", nargs="+", choices=INITS, default=INITS[:6])
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--samples", type=int, default=32)

@@ -205,3 +205,27 @@ def test_the_largest_eigenvalue_of_easy_matrices():
     assert linalg.largest_eigenvalue(torch.zeros(7, 7)) == 0
     assert linalg.largest_eigenvalue(torch.eye(7)) == pytest.approx(1)
     assert linalg.largest_eigenvalue(torch.tensor([[4.0]])) == pytest.approx(4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_deflate_is_what_the_best_b_leaves(kind):
+    """`trace(E G' Eᵀ)` against a least-squares solve for B on the inputs themselves."""
+    p = problem(kind, SHAPES["tall"])
+    rows = torch.randn(5, p.weight.shape[1], generator=torch.Generator().manual_seed(1))
+    x = p.inputs.double().T  # (in, tokens)
+    wanted, given = p.weight.double() @ x, rows.double() @ x
+    B = torch.linalg.lstsq(given.T, wanted.T, driver="gelsd").solution.T
+    expected = float((wanted - B @ given).square().sum())
+    found = float(((p.weight.double() @ linalg.deflate(p.gram, rows).double()) * p.weight).sum())
+    assert found == pytest.approx(expected, rel=1e-3, abs=2e-5 * float(wanted.square().sum()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_deflate_keeps_a_share_and_stays_positive(kind):
+    p = problem(kind, SHAPES["wide"])
+    rows = torch.randn(5, p.weight.shape[1], generator=torch.Generator().manual_seed(1))
+    none, some, all_of_it = (linalg.deflate(p.gram, rows, kept) for kept in (0.0, 0.25, 1.0))
+    torch.testing.assert_close(all_of_it, p.gram)
+    scale = float(p.gram.abs().max())
+    torch.testing.assert_close(some, none + 0.25 * (p.gram - none), rtol=0, atol=1e-5 * scale)
+    assert float(torch.linalg.eigvalsh(none.double())[0]) > -1e-5 * scale and torch.equal(none, none.T)

@@ -28,13 +28,11 @@ SMALLEST_EIGENVALUE = 1e-12
 class Eora:
     """Quantize, then fit the factors to the error in the eigenspace of the inputs."""
 
-    def initialize(
-        self, weight: Tensor, stats: LayerStats, quantize: Quantize, rank: int
-    ) -> tuple[AnyQuantizedWeight, LoraFactors]:
+    def initialize(self, weight: Tensor, stats: LayerStats, quantize: Quantize, rank: int) -> tuple[AnyQuantizedWeight, LoraFactors]:
         """Raises `ValueError` for a rank above `min(weight.shape)`. A Gram matrix of zeros gives the plain truncated SVD."""
         linalg.check_rank(rank, weight.shape)
         weight = weight.detach().float()
-        quantized = quantize(weight)
+        quantized = quantize(weight, stats)
         root, inverse = _root_and_inverse(stats.gram)
         projected = (weight - quantized.dequantize()).to(root.dtype) @ root
         P, energies, _ = linalg.top_eigenvectors(projected, None, rank)

@@ -31,15 +31,13 @@ class Loftq:
         if self.iterations < 1:
             raise ValueError(f"LoftQ needs at least one round, got iterations={self.iterations}")
 
-    def initialize(
-        self, weight: Tensor, stats: LayerStats, quantize: Quantize, rank: int
-    ) -> tuple[AnyQuantizedWeight, LoraFactors]:
-        """`stats` are not used. Raises `ValueError` for a rank above `min(weight.shape)`."""
+    def initialize(self, weight: Tensor, stats: LayerStats, quantize: Quantize, rank: int) -> tuple[AnyQuantizedWeight, LoraFactors]:
+        """`stats` are the quantizer's alone. Raises `ValueError` for a rank above `min(weight.shape)`."""
         linalg.check_rank(rank, weight.shape)
         weight = weight.detach().float()
         delta = torch.zeros_like(weight)
         for _ in range(self.iterations):
-            quantized = quantize(weight - delta)
+            quantized = quantize(weight - delta, stats)
             B, A = linalg.low_rank(weight - quantized.dequantize(), None, rank)
             delta = B @ A
         return quantized, LoraFactors(A, B)

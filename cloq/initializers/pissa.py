@@ -18,11 +18,9 @@ from cloq.types import AnyQuantizedWeight, LayerStats, LoraFactors, Quantize
 class Pissa:
     """Factors first, then quantize what they leave."""
 
-    def initialize(
-        self, weight: Tensor, stats: LayerStats, quantize: Quantize, rank: int
-    ) -> tuple[AnyQuantizedWeight, LoraFactors]:
-        """`stats` are not used. Raises `ValueError` for a rank above `min(weight.shape)`."""
+    def initialize(self, weight: Tensor, stats: LayerStats, quantize: Quantize, rank: int) -> tuple[AnyQuantizedWeight, LoraFactors]:
+        """`stats` are the quantizer's alone. Raises `ValueError` for a rank above `min(weight.shape)`."""
         linalg.check_rank(rank, weight.shape)
         weight = weight.detach().float()
         B, A = linalg.low_rank(weight, None, rank)
-        return quantize(weight - B @ A), LoraFactors(A, B)
+        return quantize(weight - B @ A, stats), LoraFactors(A, B)

@@ -24,13 +24,11 @@ from cloq.types import AnyQuantizedWeight, LayerStats, LoraFactors, Quantize
 class Qera:
     """Quantize, then fit the factors to the error weighted by each input's root mean square."""
 
-    def initialize(
-        self, weight: Tensor, stats: LayerStats, quantize: Quantize, rank: int
-    ) -> tuple[AnyQuantizedWeight, LoraFactors]:
+    def initialize(self, weight: Tensor, stats: LayerStats, quantize: Quantize, rank: int) -> tuple[AnyQuantizedWeight, LoraFactors]:
         """Uses the diagonal of `stats.gram`, on any scale. Raises `ValueError` for a rank above `min(weight.shape)`."""
         linalg.check_rank(rank, weight.shape)
         weight = weight.detach().float()
-        quantized = quantize(weight)
+        quantized = quantize(weight, stats)
         energy = stats.gram.diagonal().clamp_min(0)
         B, A = linalg.low_rank(weight - quantized.dequantize(), energy, rank)
         return quantized, LoraFactors(A, B)

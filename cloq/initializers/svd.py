@@ -18,12 +18,10 @@ from cloq.types import AnyQuantizedWeight, LayerStats, LoraFactors, Quantize
 class Svd:
     """Quantize, then `B A = SVD_r(W − Q)`, the singular values shared between both factors (`BᵀB = A Aᵀ`)."""
 
-    def initialize(
-        self, weight: Tensor, stats: LayerStats, quantize: Quantize, rank: int
-    ) -> tuple[AnyQuantizedWeight, LoraFactors]:
-        """`stats` are not used. Raises `ValueError` for a rank above `min(weight.shape)`."""
+    def initialize(self, weight: Tensor, stats: LayerStats, quantize: Quantize, rank: int) -> tuple[AnyQuantizedWeight, LoraFactors]:
+        """`stats` are the quantizer's alone. Raises `ValueError` for a rank above `min(weight.shape)`."""
         linalg.check_rank(rank, weight.shape)
         weight = weight.detach().float()
-        quantized = quantize(weight)
+        quantized = quantize(weight, stats)
         B, A = linalg.low_rank(weight - quantized.dequantize(), None, rank)
         return quantized, LoraFactors(A, B)

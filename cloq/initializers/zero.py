@@ -20,12 +20,10 @@ class Zero:
 
     seed: int = 0
 
-    def initialize(
-        self, weight: Tensor, stats: LayerStats, quantize: Quantize, rank: int
-    ) -> tuple[AnyQuantizedWeight, LoraFactors]:
-        """`stats` are not used. Raises `ValueError` for a rank above `min(weight.shape)`."""
+    def initialize(self, weight: Tensor, stats: LayerStats, quantize: Quantize, rank: int) -> tuple[AnyQuantizedWeight, LoraFactors]:
+        """`stats` are the quantizer's alone. Raises `ValueError` for a rank above `min(weight.shape)`."""
         linalg.check_rank(rank, weight.shape)
         out, columns = weight.shape
         generator = torch.Generator().manual_seed(self.seed)
         A = (torch.rand(rank, columns, generator=generator) * 2 - 1) / columns**0.5
-        return quantize(weight.detach().float()), LoraFactors(A.to(weight.device), torch.zeros(out, rank, device=weight.device))
+        return quantize(weight.detach().float(), stats), LoraFactors(A.to(weight.device), torch.zeros(out, rank, device=weight.device))

@@ -1,5 +1,6 @@
 """Weight → codes on a grid. One algorithm per file: a frozen dataclass with one verb, `quantize(weight, stats)`."""
 
+from cloq.quantizers.descent import descend
 from cloq.quantizers.gptq import Gptq
 from cloq.quantizers.magr import Magr
 from cloq.quantizers.nf4 import Nf4
@@ -21,4 +22,4 @@ def from_spec(spec: QuantSpec) -> Quantizer:
     return Magr(quantizer, spec.group_size, alpha)
 
 
-__all__ = ["QUANTIZERS", "Gptq", "Magr", "Nf4", "Rtn", "from_spec"]
+__all__ = ["QUANTIZERS", "Gptq", "Magr", "Nf4", "Rtn", "descend", "from_spec"]

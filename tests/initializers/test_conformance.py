@@ -24,7 +24,7 @@ QUANTIZERS = {
 
 
 def run(name, p, quantizer, rank):
-    return INITIALIZERS[name]().initialize(p.weight, p.stats, lambda w: quantizer.quantize(w, p.stats), rank)
+    return INITIALIZERS[name]().initialize(p.weight, p.stats, quantizer.quantize, rank)
 
 
 def same_base(a, b) -> bool:
@@ -38,7 +38,7 @@ def test_the_contract(name, quantizer, kind, shape):
     p = problem(kind, shape)
     kept = p.weight.clone(), p.gram.clone()
     stats = p.stats
-    quantized, factors = INITIALIZERS[name]().initialize(p.weight, stats, lambda w: quantizer.quantize(w, stats), 8)
+    quantized, factors = INITIALIZERS[name]().initialize(p.weight, stats, quantizer.quantize, 8)
 
     assert quantized.shape == shape
     assert factors.A.shape == (8, shape[1]) and factors.B.shape == (shape[0], 8) and factors.rank == 8

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from cloq import linalg
 from cloq.initializers import Cloq, Eora, Loftq, Pissa, Qera, Svd, Zero, closed_form
-from cloq.quantizers import Nf4, Rtn
+from cloq.initializers.cloq import KEPT
+from cloq.quantizers import Gptq, Nf4, Rtn
 from tests.problems import KINDS, SHAPES, optimum, output_error, problem, root
 
 QUANTIZER = Rtn(2, 32)
@@ -13,7 +15,7 @@ RANK = 7
 
 
 def fit(initializer, p, quantizer=QUANTIZER, rank=RANK):
-    quantized, factors = initializer.initialize(p.weight, p.stats, lambda w: quantizer.quantize(w, p.stats), rank)
+    quantized, factors = initializer.initialize(p.weight, p.stats, quantizer.quantize, rank)
     return quantized, factors, p.weight - quantized.dequantize()
 
 
@@ -154,3 +156,51 @@ def test_pissa_gains_where_the_weight_has_a_strong_principal_part():
     p = p._replace(weight=p.weight + torch.linspace(-1, 1, SHAPE[0])[:, None] @ torch.linspace(1, 2, SHAPE[1])[None])
     _, factors, left = fit(Pissa(), p)
     assert float((left - factors.delta()).norm()) < 0.1 * float(fit(Zero(), p)[2].norm())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("quantizer", (Gptq(2, 32), Gptq(3, 32, act_order=True), Nf4()), ids=str)
+def test_rounds_never_cost_and_mostly_gain(kind, quantizer):
+    """On the calibration data, over the shapes; the base is another one, made for its factors."""
+    errors = {}
+    for rounds in (0, 1, 3):
+        errors[rounds] = []
+        for shape in SHAPES.values():
+            p = problem(kind, shape)
+            quantized, factors = Cloq(rounds=rounds).initialize(p.weight, p.stats, quantizer.quantize, 8)
+            errors[rounds].append(output_error(p.weight - quantized.dequantize() - factors.delta(), p.gram))
+    slack = 1e-6 * sum(output_error(problem(kind, shape).weight, problem(kind, shape).gram) for shape in SHAPES.values())
+    for earlier, later in ((0, 1), (1, 3)):
+        assert all(b <= a * 1.001 + slack for a, b in zip(errors[earlier], errors[later], strict=True))
+    if kind in ("well conditioned", "power law") and quantizer == Gptq(2, 32):
+        assert sum(errors[3]) < 0.9 * sum(errors[0])
+
+
+def test_rounds_at_full_rank_stop_where_no_error_is_left():
+    p = problem("power law", SHAPES["wide"])
+    calls = []
+
+    def quantize(weight, stats):
+        calls.append(stats)
+        return Gptq(2, 32).quantize(weight, stats)
+
+    Cloq(rounds=5).initialize(p.weight, p.stats, quantize, min(p.weight.shape))
+    assert len(calls) == 1
+
+
+def test_a_round_quantizes_for_what_the_factors_will_undo():
+    """The quantizer is asked for the weight without the factors, in the norm without their directions."""
+    p = problem("power law", SHAPES["tall"])
+    asked = []
+
+    def quantize(weight, stats):
+        asked.append((weight, stats))
+        return Rtn(2, 32).quantize(weight, stats)
+
+    Cloq(rounds=1).initialize(p.weight, p.stats, quantize, 8)
+    first = Rtn(2, 32).quantize(p.weight, p.stats)
+    factors = closed_form(p.weight - first.dequantize(), p.gram, 8).factors
+    target, stats = asked[1]
+    torch.testing.assert_close(target, p.weight - factors.delta())
+    torch.testing.assert_close(stats.gram, linalg.deflate(p.gram, factors.A, KEPT))
+    assert stats.n_tokens == p.stats.n_tokens
