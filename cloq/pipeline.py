@@ -135,7 +135,7 @@ def solve_layer(
         notes.append("no calibration token reached this layer: quantized without statistics, factors fitted to the plain weight error")
         stats = LayerStats(torch.eye(weight.shape[1], device=weight.device), 0)
     quantizer = quantizers.from_spec(layer.quant)
-    initializer = initializers.from_spec(lora)
+    initializer = initializers.from_spec(lora.replace(rounds=0) if given else lora)  # codes that are given are not chosen again
     quantized, factors = initializer.initialize(weight, stats, lambda w, s: given or quantizer.quantize(w, s), rank)
     if quantized.damping > layer.quant.damping:
         notes.append(f"Cholesky failed with damping {layer.quant.damping:g}; raised to {quantized.damping:g}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from cloq import linalg
 from cloq.plan.work import Work
+from cloq.quantizers.descent import BLOCK as DESCENT_BLOCK
 from cloq.quantizers.gptq import BLOCK
 from cloq.quantizers.magr import Magr
 from cloq.specs import LoraSpec, QuantSpec
@@ -27,8 +28,9 @@ def solve(shape: Shape, quant: QuantSpec, lora: LoraSpec, rank: int, heldout: bo
     """`pipeline.solve_layer` for a layer `(out, in)`. given: the base is, and only the factors are found."""
     rank = min(rank, *shape)
     quantized = Work() if given else quantize(shape, quant)
-    rounds = lora.iterations if lora.init == "loftq" else 1
-    return rounds * (quantized + fit(shape, lora.init, rank)) + errors(shape, rank, heldout)
+    times = {"loftq": lora.iterations, "cloq": 1 + (0 if given else lora.rounds)}.get(lora.init, 1)
+    between = (times - 1) * for_the_factors(shape, rank) if lora.init == "cloq" else Work()
+    return times * (quantized + fit(shape, lora.init, rank)) + between + errors(shape, rank, heldout)
 
 
 def quantize(shape: Shape, quant: QuantSpec) -> Work:
@@ -64,6 +66,16 @@ def fit(shape: Shape, init: str, rank: int) -> Work:
         return Work()
     roots = Work(wide=_EIGEN * columns**3 + 2.0 * (out + rank) * columns**2) if init == "eora" else Work()
     return roots + top_eigenvectors(shape, rank, whole_gram=init == "cloq")
+
+
+def for_the_factors(shape: Shape, rank: int) -> Work:
+    """What a round of CLoQ adds: the deflated Gram matrix, and a sweep of `descend` with its gradient."""
+    out, columns = shape
+    return Work(
+        products=4.0 * out * columns**2 + 4.0 * rank * columns**2,
+        cached=16.0 * out * columns * DESCENT_BLOCK / 2,
+        calls=float(_CALLS_PER_COLUMN) * columns,
+    )
 
 
 def top_eigenvectors(shape: Shape, rank: int, whole_gram: bool) -> Work:
