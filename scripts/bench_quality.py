@@ -105,8 +105,8 @@ def write(protocol: Protocol, sweeps: Sequence[Sweep], rows: Sequence[Row], benc
     tables = {"table.md": main_table(protocol, rows, bench.refused)}
     curves(rows, out / "curves.png")
     for sweep in sweeps:
-        tables[f"sweep-{sweep.setting}.md"] = sweep_table(protocol, sweep, rows)
-        sweep_figure(protocol, sweep, rows, out / f"sweep-{sweep.setting}.png")
+        tables[f"sweep-{sweep.name}.md"] = sweep_table(protocol, sweep, rows)
+        sweep_figure(protocol, sweep, rows, out / f"sweep-{sweep.name}.png")
     for name, text in tables.items():
         (out / name).write_text(text, "utf8")
         print(text)
@@ -126,10 +126,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     from cloq.models import quiet_libraries
 
-    args = parse()
+    args = parse(argv)
     quiet_libraries()
     protocol, out = read_protocol(args), Path(args.out)
     sweeps = [Sweep.parse(words) for words in args.sweep]

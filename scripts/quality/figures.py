@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quality.methods import BITS_16
-from quality.protocol import Protocol, Sweep, label
+from quality.protocol import Protocol, Sweep
 from quality.summary import Row, perplexity
 from quality.tables import sweep_rows
 
@@ -30,12 +30,12 @@ def sweep_figure(protocol: Protocol, sweep: Sweep, rows: Sequence[Row], path: Pa
     drawn, panels = _panels([row for _, row in found])
     for bits, axis in panels:
         for method in dict.fromkeys(row.method for _, row in found if row.bits in (bits, BITS_16)):
-            mine = [(label(value), row) for value, row in found if row.method == method and row.bits in (bits, BITS_16)]
-            places = [list(map(label, sweep.values)).index(name) for name, _ in mine]
+            mine = [(value, row) for value, row in found if row.method == method and row.bits in (bits, BITS_16)]
+            places = [sweep.values.index(value) for value, _ in mine]
             [line] = axis.plot(places, [perplexity(row.loss) for _, row in mine], "o-", label=method, lw=_width(method))
             axis.plot(places, [perplexity(row.before) for _, row in mine], ":", color=line.get_color(), lw=1)
-        axis.set_xticks(range(len(sweep.values)), map(label, sweep.values))
-        axis.set(title=f"{bits} bits", xlabel=sweep.setting.replace("_", " "), ylabel="test perplexity (dotted: before)", yscale="log")
+        axis.set_xticks(range(len(sweep.values)), list(map(sweep.shown, sweep.values)))
+        axis.set(title=f"{bits} bits", xlabel=sweep.name, ylabel="test perplexity (dotted: before)", yscale="log")
         axis.legend(fontsize=8)
     _save(drawn, path)
 

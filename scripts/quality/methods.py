@@ -32,6 +32,8 @@ class Method:
         """Settings of a sweep that change what this method starts from; at others it is the same cell."""
         if self.base in ("dense", "nf4", "peft"):
             return frozenset({"rank"})
+        if self.init == "loftq":  # it sees weights alone, and so does its quantizer
+            return frozenset({"rank", "group_size"})
         if self.base == "gptqmodel":
             return _CALIBRATION | {"rank", "group_size"}
         fitted_to_data = self.base == "own" or self.init in ("cloq", "eora", "qera")

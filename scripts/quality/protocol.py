@@ -107,13 +107,21 @@ class Sweep:
             raise SystemExit(f"--sweep {' '.join(words)}: give at least two values, of different names")
         return cls(setting, values)
 
+    @property
+    def name(self) -> str:
+        return self.setting.replace("_", "-")
+
+    def shown(self, value: Any) -> str:
+        """A value for people."""
+        return "channel" if self.setting == "group_size" and value == 0 else label(value)
+
     def changes(self, protocol: Protocol, value: Any) -> Changes:
         """What the value changes: nothing where it is the protocol's own, which is then the very same cell."""
         return () if value == protocol.value(self.setting) else ((self.setting, value),)
 
 
 def label(value: Any) -> str:
-    """A value in the name of a cell, a table and a figure: of a file its name without the ending."""
+    """A value in the name of a cell or a run: of a file its name without the ending."""
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else Path(value).stem if isinstance(value, str) else f"{value}"
 
 

@@ -64,22 +64,22 @@ def run_limited(command: list[str], log: Path, minutes: float) -> None:
 
 def peft_loftq(protocol: Protocol, out: Path) -> Path:
     """`out/model` and `out/adapter`. Raises `Refused` for a rank that PEFT's LoftQ does not have, or without bitsandbytes."""
-    from cloq.models import Decoder, linear_shape, locate
-
-    linears = Decoder(locate(protocol.model)).all_linears()
-    smallest = min(min(linear_shape(module)) for module in linears.values())
-    if protocol.rank > smallest:
-        raise Refused(f"PEFT's LoftQ makes no factors of rank {protocol.rank} for layers of {smallest}")
-    targets = sorted({name.rsplit(".", 1)[-1] for name in linears})
     asked = {"model": protocol.model, "rank": protocol.rank, "rounds": LOFTQ_ROUNDS}
-    return _kept(out, asked, lambda folder: _loftq(locate(protocol.model), protocol.rank, targets, folder))
+    return _kept(out, asked, lambda folder: _loftq(protocol.model, protocol.rank, folder))
 
 
-def _loftq(source: Path, rank: int, targets: list[str], folder: Path) -> None:
+def _loftq(source: str, rank: int, folder: Path) -> None:
     from peft import LoftQConfig, LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    from cloq.models import Decoder, linear_shape, locate
+
+    model = AutoModelForCausalLM.from_pretrained(locate(source), dtype=torch.float32)
+    linears = Decoder(locate(source)).all_linears()
+    smallest = min(min(linear_shape(model.get_submodule(name))) for name in linears)
+    if rank > smallest:
+        raise Refused(f"PEFT's LoftQ makes no factors of rank {rank} for layers of {smallest}")
+    targets = sorted({name.rsplit(".", 1)[-1] for name in linears})
     config = LoraConfig(
         r=rank, lora_alpha=rank, target_modules=targets, task_type="CAUSAL_LM",
         init_lora_weights="loftq", loftq_config=LoftQConfig(loftq_bits=4, loftq_iter=LOFTQ_ROUNDS),
@@ -89,7 +89,8 @@ def _loftq(source: Path, rank: int, targets: list[str], folder: Path) -> None:
             made = get_peft_model(model, config)
     except (ValueError, RuntimeError, ImportError) as error:
         raise Refused(f"PEFT's LoftQ: {str(error).splitlines()[0]}") from error
-    made.peft_config["default"].init_lora_weights = True  # any name would make PEFT alternate again when it loads
+    stated = made.peft_config["default"]
+    stated.init_lora_weights, stated.loftq_config = True, {}  # any name would make PEFT alternate again when it loads
     made.save_pretrained(folder / "adapter")
     made.unload().save_pretrained(folder / "model")
 

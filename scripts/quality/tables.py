@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from quality.cells import Start, applied
-from quality.protocol import Protocol, Sweep, label
+from quality.protocol import Protocol, Sweep
 from quality.summary import Row, gap_closed, paired, perplexity
 
 _WORDS = ("method",)
@@ -15,8 +15,8 @@ _WORDS = ("method",)
 
 
 def main_table(protocol: Protocol, rows: Sequence[Row], refused: Mapping[Start, str]) -> str:
-    """Of the rows that no sweep changed. See the head for what a column is, `summary` for how it is computed."""
-    plain = [row for row in rows if not row.changes]
+    """Of the rows that no sweep changed, width after width. `summary` says how the columns are computed. refused: why a row is missing."""
+    plain = sorted((row for row in rows if not row.changes), key=lambda row: -row.bits)
     ceiling = next((row for row in plain if row.method == "lora-16"), None)
     lines = []
     for row in plain:
@@ -39,8 +39,9 @@ def sweep_table(protocol: Protocol, sweep: Sweep, rows: Sequence[Row]) -> str:
     """Every method at every value of the setting; methods that it means nothing to stand at each with the same numbers."""
     lines = []
     for value, row in sweep_rows(protocol, sweep, rows):
-        lines.append({sweep.setting.replace("_", " "): label(value)} | _common(row) | _tasks(row))
-    return f"{_head(protocol, any(row.tasks for row in rows))}\n\n{_markdown(lines)}\n"
+        lines.append({sweep.name: sweep.shown(value)} | _common(row) | _tasks(row))
+    head = f"{sweep.name} as in the first column, everything else: {_head(protocol, any(row.tasks for row in rows))}"
+    return f"{head}\n\n{_markdown(lines)}\n"
 
 
 def sweep_rows(protocol: Protocol, sweep: Sweep, rows: Sequence[Row]) -> list[tuple[object, Row]]:
