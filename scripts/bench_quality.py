@@ -55,8 +55,8 @@ class Bench:
         from quality.training import read_texts
 
         self._protocol, self._starts = protocol, Starts(protocol, runs, minutes)
+        self._tasks, self._texts = read_tasks(protocol), read_texts(protocol)  # first: what is not there leaves no folder behind
         self._cells, self._before = Kept(out / "cells"), Kept(out / "before")
-        self._tasks, self._texts = read_tasks(protocol), read_texts(protocol)
         self.refused: dict[Start, str] = {}
 
     def result(self, cell: Cell) -> dict[str, Any] | None:
@@ -145,5 +145,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except CloqError as error:
+    except (CloqError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from error

@@ -1,7 +1,8 @@
 """Bases and factors that other libraries make, from the 16-bit model to the last factor, with what they have for it.
 
 `gptqmodel-eora`: GPTQModel's GPTQ, asymmetric as cloq's and with the ranges' scales (it searches none), and its EoRA adapter, on the very
-tokens that cloq draws; in a process of its own with a time limit. The base is an ordinary GPTQ v2 folder.
+tokens that cloq draws; in a process of its own with a time limit, in the precision that it chooses (on a CPU bfloat16, weights and factors
+too). The base is an ordinary GPTQ v2 folder.
 
 `peft-loftq`: PEFT's `init_lora_weights="loftq"` with the five rounds of LoftQ's paper (PEFT's default is one). PEFT has it for 4 bits (NF4)
 and 8, not below, and packs nothing: what it leaves in the model, and what is kept here, are the NF4 codes' decoded values in float32.
