@@ -122,7 +122,9 @@ class Sweep:
 
 def label(value: Any) -> str:
     """A value in the name of a cell or a run: of a file its name without the ending."""
-    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else Path(value).stem if isinstance(value, str) else f"{value}"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return Path(value).stem if isinstance(value, str) else str(value)
 
 
 def tag(changes: Changes) -> str:
