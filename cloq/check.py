@@ -7,7 +7,7 @@ A tensor that is missing from a packed base makes `from_pretrained` abort the pr
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from cloq import packing
 from cloq.errors import CloqError
 from cloq.export.peft import AdapterFolder
 from cloq.export.read import QuantizedFolder
-from cloq.models import Decoder, is_linear, linear_shape, load_config
+from cloq.models import Decoder, load_config
 from cloq.models.checkpoint import INDEX, SINGLE
 from cloq.models.skeleton import build_skeleton
+from cloq.pairing import fit
 from cloq.store import Store
 from cloq.types import LayerResult, LoraFactors
 
@@ -200,18 +201,15 @@ _AGAIN = "write it again by running the same cloq quantize command"
 
 
 def _fits(adapter: AdapterFolder, base: Path) -> Iterator[Finding]:
-    model = build_skeleton(load_config(base), torch.float32)
-    linears = {name: linear_shape(module) for name, module in model.named_modules() if is_linear(module)}
     yield from _check_settings(adapter.config)
-    targets = adapter.targets(linears)
-    keys = adapter.expected_keys(targets)
-    yield _finding("adapter: factors for every layer that PEFT will put some on", sorted(keys - adapter.keys), f"missing; {_AGAIN}")
-    yield _finding("adapter: no factors that PEFT would leave aside", sorted(adapter.keys - keys), f"not used; {_AGAIN}")
+    found = fit(adapter, build_skeleton(load_config(base), torch.float32))
+    yield _finding("adapter: factors for every layer that PEFT will put some on", found.missing, f"missing; {_AGAIN}")
+    yield _finding("adapter: no factors that PEFT would leave aside", found.unused, f"not used; {_AGAIN}")
     bare = sorted(QuantizedFolder(base).names - adapter.names)
     yield _finding("adapter: factors for every quantized layer", bare, "without; use the base it was made for")
-    if keys <= adapter.keys:
-        wrong = sorted(_wrong_factors(adapter, {name: linears[name] for name in targets}))
-        yield _finding("adapter: factors in the shapes of their layers, multiplied by 1 (alpha / r), finite", wrong, _AGAIN)
+    yield _finding("adapter: factors in the shapes of their layers", found.misshapen, _AGAIN)
+    if not found.missing and not found.misshapen:
+        yield _finding("adapter: factors multiplied by 1 (alpha / r), finite", sorted(_changed_product(adapter, found.modules)), _AGAIN)
 
 
 def _belongs(stated: str | None, base: Path) -> Finding:
@@ -255,12 +253,11 @@ def _check_settings(config: dict[str, Any]) -> Iterator[Finding]:
     yield _finding("adapter: settings that leave the fitted product as it is", wrong, "set them in adapter_config.json")
 
 
-def _wrong_factors(adapter: AdapterFolder, linears: dict[str, tuple[int, int]]) -> Iterator[str]:
-    for name, (out, columns) in linears.items():
+def _changed_product(adapter: AdapterFolder, names: Iterable[str]) -> Iterator[str]:
+    """Layers that compute with something else than the product that was fitted."""
+    for name in names:
         factors, (rank, alpha) = adapter.read(name), adapter.rank_and_alpha(name)
-        if tuple(factors.A.shape) != (rank, columns) or tuple(factors.B.shape) != (out, rank):
-            yield f"{name} ({out}, {columns}) has A {tuple(factors.A.shape)} and B {tuple(factors.B.shape)} for rank {rank}"
-        elif alpha != rank:
+        if alpha != rank:
             yield f"{name} is multiplied by alpha / r = {alpha} / {rank}"
         elif not bool(torch.isfinite(factors.A).all() and torch.isfinite(factors.B).all()):
             yield f"{name} holds NaN or Inf"
@@ -305,7 +302,7 @@ def _probes(items):
     return [items[i * (len(items) - 1) // max(1, count - 1)] for i in range(count)]
 
 
-def _finding(what: str, wrong: list[str], remedy: str) -> Finding:
+def _finding(what: str, wrong: Sequence[str], remedy: str) -> Finding:
     if not wrong:
         return Finding(True, what)
     shown = ", ".join(wrong[:_SHOWN]) + (f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else "")

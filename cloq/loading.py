@@ -5,12 +5,9 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cloq.errors import ExportError, MissingLibrary
-
-if TYPE_CHECKING:
-    from cloq.export.peft import AdapterFolder
 
 _NEEDS = {
     "gptq": (("gptqmodel", "optimum"), "gptq"),
@@ -39,6 +36,7 @@ def load(out: str | Path, trainable: bool = False, *, base: str | Path | None = 
     from cloq.export.peft import AdapterFolder
     from cloq.export.read import read_config
     from cloq.frozen import decode_again
+    from cloq.pairing import base_folder
 
     adapter = AdapterFolder(adapter or Path(out) / "adapter")
     base = Path(base) if base else base_folder(Path(out), adapter)
@@ -58,14 +56,6 @@ def load(out: str | Path, trainable: bool = False, *, base: str | Path | None = 
     if trainable:
         decode_again(model)
     return PeftModel.from_pretrained(model, adapter.folder, is_trainable=trainable)
-
-
-def base_folder(out: Path, adapter: AdapterFolder) -> Path:
-    """The run's own base, or where there is none the one that the adapter names, as after `cloq init`."""
-    stated = adapter.config.get("base_model_name_or_path")
-    if (out / "model" / "config.json").is_file() or not stated:
-        return out / "model"
-    return Path(stated)
 
 
 def _check(base: Path, quantization: dict[str, Any], trust_remote_code: bool) -> None:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from cloq.errors import CloqError, ExportError
 from cloq.export.peft import AdapterFolder
 from cloq.export.read import QuantizedFolder
-from cloq.loading import base_folder
 from cloq.models import Decoder, is_linear, linear_shape, locate
 
 
@@ -49,12 +48,62 @@ class Pair:
         factors.refuse_more_than_lora()
         source = QuantizedFolder(folder)
         decoder = source.decoder(trust_remote_code=trust_remote_code)
-        return cls(folder, source, decoder, factors, _adapted(factors, decoder))
+        return cls(folder, source, decoder, factors, _fitting(factors, decoder))
 
     def layers(self) -> Iterator[Layer]:
         for name, module in self.modules.items():
             delta = self.adapter.delta(name)
             yield Layer(name, delta, self.decoder.weight(name, module) + delta)
+
+
+def base_folder(out: Path, adapter: AdapterFolder) -> Path:
+    """The run's own base, or where there is none the one that the adapter names, as after `cloq init`."""
+    stated = adapter.config.get("base_model_name_or_path")
+    if (out / "model" / "config.json").is_file() or not stated:
+        return out / "model"
+    return Path(stated)
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """How an adapter lies on a model, by its settings and the names and shapes of both.
+
+    modules: the linear layers that PEFT puts factors on, by full name, in the model's order. missing: tensors that they lack. unused:
+    tensors that PEFT would leave aside. strangers: layers with factors that are no linear layers of the model. misshapen: what is wrong,
+    in words, with each layer whose factors have other shapes than the layer and the settings.
+    """
+
+    modules: dict[str, nn.Module]
+    missing: tuple[str, ...]
+    unused: tuple[str, ...]
+    strangers: tuple[str, ...]
+    misshapen: tuple[str, ...]
+
+
+def fit(adapter: AdapterFolder, model: nn.Module) -> Fit:
+    """The one rule for whether an adapter is for a model. The model needs no weights; values and scaling of the factors are not looked at.
+
+    Raises `ExportError` for settings that PEFT cannot read.
+    """
+    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
+    targets = adapter.targets(linears)
+    keys = adapter.expected_keys(targets)
+    missing = keys - adapter.keys
+    whole = sorted(name for name in targets if not adapter.expected_keys([name]) & missing)
+    return Fit(
+        {name: module for name, module in linears.items() if name in targets},
+        tuple(sorted(missing)),
+        tuple(sorted(adapter.keys - keys - adapter.own_weights(targets))),
+        tuple(sorted(adapter.names - linears.keys())),
+        tuple(what for name in whole if (what := _misfit(adapter, name, linear_shape(linears[name])))),
+    )
+
+
+def _misfit(adapter: AdapterFolder, name: str, shape: tuple[int, int]) -> str:
+    """What is wrong with a layer's factors, nothing if they fit."""
+    found, (rank, _) = adapter.shapes(name), adapter.rank_and_alpha(name)
+    fits = found == ((rank, shape[1]), (shape[0], rank))
+    return "" if fits else f"{name} {shape} has A {found[0]} and B {found[1]} for rank {rank}"
 
 
 # -- what does not fit -------------------------------------------------------------------------------------------------
@@ -86,41 +135,28 @@ def _same_content(one: Path, other: Path) -> bool:
         return False
 
 
-def _adapted(adapter: AdapterFolder, decoder: Decoder) -> dict[str, nn.Module]:
+def _fitting(adapter: AdapterFolder, decoder: Decoder) -> dict[str, nn.Module]:
     """The layers that PEFT puts the factors on, in the model's order. Raises `ExportError` where file, settings and model differ."""
-    from peft import LoraConfig
-    from peft.tuners.tuners_utils import check_target_module_exists
-
-    linears = {name: module for name, module in decoder.model.named_modules() if is_linear(module)}
-    config = LoraConfig.from_pretrained(str(adapter.folder))
-    targets = {name for name in linears if config.target_modules and check_target_module_exists(config, name)}
+    found = fit(adapter, decoder.model)
     where = f"the adapter in {adapter.folder} and the base in {decoder.folder} do not belong together"
-    for name in sorted(adapter.names - linears.keys()):
+    for name in found.strangers:
         raise ExportError(f"{where}: it has factors for {name}, which is no linear layer of {type(decoder.model).__name__}")
-    for name in sorted(targets - adapter.names):
+    for name in sorted(found.modules.keys() - adapter.names):
         raise ExportError(f"{where}: its settings put factors on {name}, but it has none for that layer")
-    for name in sorted(adapter.names - targets):
+    for key in found.missing:
+        raise ExportError(f"{adapter.folder} lacks {key}: save it again")
+    for name in sorted(adapter.names - found.modules.keys()):
         raise ExportError(
             f"{adapter.folder} has factors for {name} that PEFT leaves aside, by the target_modules in its settings; mend those"
         )
-    for name in sorted(targets):
-        _refuse_misfit(adapter, name, linear_shape(linears[name]), where)
+    for what in found.misshapen:
+        raise ExportError(f"{where}: {what}")
+    for name in found.modules:
         _refuse_tied(decoder, name)
         own = adapter.base_weight(name)
         if own is not None and not torch.equal(own.float(), decoder.read(f"{name}.weight").float()):
             raise ExportError(f"{where}: it brings a weight of {name} with it, and the base has another")
-    return {name: module for name, module in linears.items() if name in targets}
-
-
-def _refuse_misfit(adapter: AdapterFolder, name: str, shape: tuple[int, int], where: str) -> None:
-    factors, (rank, _) = adapter.read(name), adapter.rank_and_alpha(name)
-    found = (factors.B.shape[0], factors.A.shape[1])
-    if found != shape:
-        raise ExportError(f"{where}: its factors for {name} are for a layer of shape {found} (out, in), the base has {shape}")
-    if factors.rank != rank:
-        raise ExportError(
-            f"{adapter.folder} has factors of rank {factors.rank} for {name}, and its configuration says {rank}: save it again"
-        )
+    return found.modules
 
 
 def _refuse_tied(decoder: Decoder, name: str) -> None:

@@ -28,6 +28,9 @@ TOOLS = {
 """What is run: GPTQModel without and with its own EoRA adapter, cloq for a base alone and as it is meant, with scales from the range
 (as GPTQModel has them) or searched (cloq's default)."""
 
+ENVIRONMENT = {"GPTQMODEL_CPU_WORKERS": "2", "TORCHDYNAMO_DISABLE": "1"}
+"""Of every child. Workers: GPTQModel ends with an error where it would choose one by itself, as it does on two cores."""
+
 
 def quantize_with_gptqmodel(args: argparse.Namespace, out: Path, adapter: bool) -> None:
     from gptqmodel import GPTQModel, QuantizeConfig
@@ -37,32 +40,40 @@ def quantize_with_gptqmodel(args: argparse.Namespace, out: Path, adapter: bool) 
     from cloq.models import load_tokenizer
     from cloq.specs import CalibSpec
 
+    _finish_one_module_at_a_time()
     spec = CalibSpec(args.calib, args.samples, args.seq_len)
     tokens = calibration_tokens(spec, load_tokenizer(Path(args.model))).calibration
     rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in tokens]
     eora = {"adapter": Lora(path=str(out / "adapter"), rank=args.rank)} if adapter else {}
-    config = QuantizeConfig(bits=args.bits, group_size=args.group_size, sym=False, desc_act=False, format="gptq_v2", **eora)
+    config = QuantizeConfig(bits=args.bits, group_size=args.group_size or -1, sym=False, desc_act=False, format="gptq_v2", **eora)
     model = GPTQModel.load(args.model, config)
     model.quantize(rows, batch_size=1)
     model.save(str(out / "model"))
+
+
+def _finish_one_module_at_a_time() -> None:
+    """GPTQModel 7.6.0 with EoRA comes to a standstill where two of its workers finish modules of one parent at the same moment: one holds
+    the processor's lock and waits for the parent's (`GPTQProcessor.submodule_finalize`), the other the parent's and waits for the
+    processor's (`pack_module`). One worker for all of them cannot."""
+    import gptqmodel
+
+    gptqmodel.DEVICE_THREAD_POOL.submit = gptqmodel.DEVICE_THREAD_POOL.submit_serial
 
 
 def quantize_with_cloq(args: argparse.Namespace, out: Path, **settings) -> None:
     import cloq
 
     cloq.quantize(
-        args.model, out=out, bits=args.bits, group_size=args.group_size, rank=args.rank, calib=args.calib, calib_samples=args.samples,
-        seq_len=args.seq_len, heldout=0.0, **settings,
+        args.model, out=out, bits=args.bits, group_size=args.group_size or None, rank=args.rank, calib=args.calib,
+        calib_samples=args.samples, seq_len=args.seq_len, heldout=0.0, **settings,
     )  # fmt: skip
 
 
 def in_child(name: str, out: Path) -> tuple[float, float]:
     """Seconds and peak memory in MiB of one quantization in a fresh process."""
     began = time.perf_counter()
-    environment = os.environ | {"GPTQMODEL_CPU_WORKERS": "2", "TORCHDYNAMO_DISABLE": "1"}
-    process = subprocess.Popen(
-        [sys.executable, __file__, *sys.argv[1:], "--child", name, "--out", str(out)], env=environment, stdout=sys.stderr
-    )
+    command = [sys.executable, __file__, *sys.argv[1:], "--child", name, "--out", str(out)]
+    process = subprocess.Popen(command, env=os.environ | ENVIRONMENT, stdout=sys.stderr)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{name} failed with status {status}")
@@ -75,7 +86,7 @@ def main() -> None:
     parser.add_argument("--calib", required=True)
     parser.add_argument("--eval", required=True)
     parser.add_argument("--bits", type=int, default=2)
-    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--group-size", type=int, default=64, help="0 for one group per output channel")
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--tools", nargs="+", choices=list(TOOLS), default=list(TOOLS))
     parser.add_argument("--samples", type=int, default=32)

@@ -121,7 +121,7 @@ def test_plan_says_what_will_happen_without_doing_it(model, text, tmp_path, caps
 
 
 def test_init_fits_factors_to_a_given_base(finished, model, text, tmp_path):
-    argv = ["init", "--dense", model, "--quantized", finished / "model", "--calib", text, "--out", tmp_path / "out", "--quiet", *TINY]
+    argv = ["init", "--dense", model, "--quantized", finished / "model", "--calib", text, "--out", tmp_path / "out", "--quiet", *TINY[4:]]
     assert main([str(a) for a in argv]) == 0
     assert (tmp_path / "out/adapter/adapter_model.safetensors").exists() and not (tmp_path / "out/model").exists()
 
@@ -141,6 +141,9 @@ def test_init_fits_factors_to_a_given_base(finished, model, text, tmp_path):
         (["quantize", "./no/such/folder"], "is not a folder"),
         (["quantize", "--config", "no.yaml"], "no.yaml"),
         (["quantize", "--no-such-flag"], "no-such-flag"),
+        (["init", "--dense", "a", "--quantized", "b", "--bits", "4"], "--bits says how to quantize, but the base is given"),
+        (["init", "--dense", "a", "--quantized", "b", "--no-search"], "--no-search says how to quantize, but the base is given"),
+        (["init", "--dense", "a", "--quantized", "b", "--init", "loftq"], "cannot be fitted to a given base"),
         (["check", "no-such-run"], "no-such-run"),
         (["eval", "no-such-run"], "no-such-run"),
         (["export", "no-such-run", "--format", "dense"], "no-such-run"),
@@ -151,6 +154,12 @@ def test_bad_input_is_one_clear_line_and_code_2(argv, said, capsys, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     assert said in refused(capsys, *argv)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_file_with_a_given_base_takes_no_flag_that_would_be_ignored(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("settings:\n  quantized: base\n")
+    said = refused(capsys, "quantize", "--config", tmp_path / "run.yaml", "--damping", "0.1", "--out", tmp_path / "out")
+    assert "--damping says how to quantize, but the base is given" in said
 
 
 def test_a_run_file_with_an_unknown_key_names_it(tmp_path, capsys):

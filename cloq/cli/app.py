@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from cloq import __version__
-from cloq.cli.settings import default_out, resolve, with_settings
+from cloq.cli.settings import default_out, resolve, with_settings, with_settings_of_factors
 
 app = typer.Typer(
     name="cloq",
@@ -53,7 +53,7 @@ def quantize(
 
 
 @app.command()
-@with_settings
+@with_settings_of_factors
 def init(
     dense: Annotated[str, typer.Option("--dense", help="The original 16-bit model: hub id or folder.", show_default=False)],
     quantized: Annotated[

@@ -6,7 +6,7 @@ import functools
 import inspect
 import typing
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,19 +50,20 @@ HELP = {
 
 @dataclass(frozen=True)
 class Flag:
-    """One setting as a flag of the command line. kind: type of its value. shown: its default, for the help."""
+    """One setting as a flag of the command line. kind: type of its value. shown: its default, for the help. hidden: from the help."""
 
     name: str
     kind: type
     help: str
     shown: str | bool = False
     panel: str = "Run"
+    hidden: bool = False
 
     def parameter(self) -> inspect.Parameter:
         flag = "--" + self.name.replace("_", "-")
         if self.kind is bool:
             flag = f"{flag}/--no-{flag.removeprefix('--')}"
-        option = typer.Option(flag, help=self.help, show_default=self.shown, rich_help_panel=self.panel)
+        option = typer.Option(flag, help=self.help, show_default=self.shown, rich_help_panel=self.panel, hidden=self.hidden)
         kind = Annotated[self.kind | None, option]
         return inspect.Parameter(self.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
 
@@ -119,11 +120,34 @@ with_settings = with_flags([_flag(name) for name in HELP], _converted)
 """Gives a command every setting of a run."""
 
 
+def _quantizes(name: str) -> bool:
+    return FLAT[name][0] == "quant"
+
+
+def _refuse_quantizing(name: str, value: Any) -> None:
+    """Raises `SpecError` for a flag that would be ignored where the base is given."""
+    if _quantizes(name):
+        flag = ("no-" if value is False else "") + name.replace("_", "-")
+        raise SpecError(f"--{flag} says how to quantize, but the base is given and stays as it is; leave it out")
+
+
+def _converted_for_given(name: str, value: Any) -> Any:
+    _refuse_quantizing(name, value)
+    return _converted(name, value)
+
+
+with_settings_of_factors = with_flags([replace(_flag(name), hidden=_quantizes(name)) for name in HELP], _converted_for_given)
+"""Gives a command every setting of a run on a base that is given. Those of the quantization are refused, with the reason."""
+
+
 def resolve(model: str | None, config: Path | None, settings: dict[str, Any]) -> RunSpec:
-    """The run's spec: from the run file if there is one, then the flags that were given."""
+    """The run's spec: from the run file if there is one, then the flags that were given. Raises `SpecError` for a flag that the run file's
+    base, given as it is, would ignore."""
     from cloq.api import read_run_file
 
     base = read_run_file(config) if config else RunSpec()
+    for name, value in settings.items() if base.quantized else ():
+        _refuse_quantizing(name, value)
     return run_spec(base, **({"model": model} if model else {}), **settings)
 
 
@@ -132,4 +156,4 @@ def default_out(spec: RunSpec) -> Path:
     return Path(f"{Path(spec.model).name.lower()}-{spec.quant.bits}bit-{spec.lora.init}")
 
 
-__all__ = ["HELP", "Flag", "default_out", "resolve", "with_flags", "with_settings"]
+__all__ = ["HELP", "Flag", "default_out", "resolve", "with_flags", "with_settings", "with_settings_of_factors"]

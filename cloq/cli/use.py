@@ -108,8 +108,8 @@ class _Talk:
     def __init__(self, out: Path, adapter: Path | None, base: Path | None, device: str, trust: bool, sampling, chat: bool):
         from cloq.export.peft import AdapterFolder
         from cloq.export.read import read_config
-        from cloq.loading import base_folder
         from cloq.models import load_config, load_tokenizer, max_positions
+        from cloq.pairing import base_folder
         from cloq.pipeline import resolve_device
 
         device = resolve_device(device)

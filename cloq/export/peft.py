@@ -120,6 +120,11 @@ class AdapterFolder:
         """The factors of one layer, float32. Raises `ExportError` if one of the two is missing."""
         return LoraFactors(*(self._tensor(f"{_PREFIX}{name}{suffix}").float() for suffix in (_A, _B)))
 
+    def shapes(self, name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of a layer's A and B, from the file's header."""
+        A, B = (tuple(self._file.get_slice(f"{_PREFIX}{name}{suffix}").get_shape()) for suffix in (_A, _B))
+        return A, B
+
     def delta(self, name: str) -> Tensor:
         """What PEFT adds to a layer's weight, `(out, in)` float32: `B A` times alpha / r, or alpha / √r where it is rank-stabilised.
         Raises `ExportError` for an adapter that does anything else besides."""
@@ -148,7 +153,7 @@ class AdapterFolder:
 
     @functools.cached_property
     def _more_than_lora(self) -> list[str]:
-        known = self.expected_keys(self.names) | {f"{_PREFIX}{name}{_BASE}" for name in self.names}
+        known = self.expected_keys(self.names) | self.own_weights(self.names)
         odd = [key for key, plain in _PLAIN.items() if self.config.get(key, plain[0]) not in plain]
         odd += [key for key in _EXTRAS if self.config.get(key)]
         return sorted(self.keys - known) + [f"{key} is {self.config[key]!r}" for key in odd]
@@ -168,11 +173,19 @@ class AdapterFolder:
         return {f"{_PREFIX}{name}{suffix}" for name in names for suffix in (_A, _B)}
 
     def targets(self, modules: Iterable[str]) -> set[str]:
-        """Those of the modules that PEFT puts factors on."""
-        wanted = self.config.get("target_modules") or []
-        if isinstance(wanted, str):
-            return {name for name in modules if re.fullmatch(wanted, name)}
-        return {name for name in modules if any(name == target or name.endswith(f".{target}") for target in wanted)}
+        """Those of the modules that PEFT puts factors on, by its own rule. Raises `ExportError` for settings that it cannot read."""
+        from peft import LoraConfig
+        from peft.tuners.tuners_utils import check_target_module_exists
+
+        try:
+            config = LoraConfig.from_pretrained(str(self.folder))
+        except (TypeError, ValueError) as error:
+            raise ExportError(f"PEFT cannot read {self.folder / CONFIG} ({str(error).splitlines()[0]}); mend its settings") from error
+        return {name for name in modules if config.target_modules and check_target_module_exists(config, name)}
+
+    def own_weights(self, names: Iterable[str]) -> set[str]:
+        """Names of the tensors with which an adapter replaces the weights of these layers."""
+        return {f"{_PREFIX}{name}{_BASE}" for name in names}
 
     def rank_and_alpha(self, name: str) -> tuple[int, float]:
         """What PEFT uses for a layer: the first pattern that fits the end of its name, else `r` and `lora_alpha`."""

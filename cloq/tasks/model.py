@@ -50,17 +50,17 @@ def opened(base: Path, adapter: Path | None, device: str, decoded: bool) -> Iter
     quantized = _method(base)
     if decoded and quantized:
         with decoded_model(base, adapter, device) as model:
-            yield _task_model(model, base, f"{quantized} decoded to float32")
+            yield task_model(model, base, f"{quantized} decoded to float32")
     elif adapter is None and not quantized:
         model, dtype = _plain(base, device)
-        yield _task_model(model, base, dtype)
+        yield task_model(model, base, dtype)
     elif decoded:
         model, dtype = _plain(base, device)
         _add_adapter(model, adapter)
-        yield _task_model(model, base, f"{dtype}, adapter added")
+        yield task_model(model, base, f"{dtype}, adapter added")
     else:
         model = _packed(base, adapter, device)
-        yield _task_model(model, base, f"packed {quantized}" if quantized else f"{_name(model.dtype)}, adapter by PEFT")
+        yield task_model(model, base, f"packed {quantized}" if quantized else f"{_name(model.dtype)}, adapter by PEFT")
 
 
 @contextmanager
@@ -141,7 +141,7 @@ def _method(base: Path) -> str | None:
     return f"{quantization.get('quant_method', 'bitsandbytes')}{bits}"
 
 
-def _task_model(model: nn.Module, folder: Path, weights: str) -> TaskModel:
+def task_model(model: nn.Module, folder: Path, weights: str) -> TaskModel:
     tokenizer = load_tokenizer(folder)
     end = _ends(folder, tokenizer)
     start = next((token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None), None)

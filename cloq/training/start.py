@@ -11,9 +11,9 @@ from cloq.check import check_adapter
 from cloq.errors import TrainingError
 from cloq.export.peft import AdapterFolder
 from cloq.export.read import QuantizedFolder
-from cloq.loading import base_folder, require_libraries
+from cloq.loading import require_libraries
 from cloq.models import load_config, max_positions
-from cloq.pairing import refuse_another_base
+from cloq.pairing import base_folder, refuse_another_base
 from cloq.pipeline import versions
 from cloq.training.spec import TrainSpec
 

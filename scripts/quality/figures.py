@@ -1,0 +1,63 @@
+"""Rows → pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from quality.methods import BITS_16
+from quality.protocol import Protocol, Sweep
+from quality.summary import Row, perplexity
+from quality.tables import sweep_rows
+
+
+def curves(rows: Sequence[Row], path: Path) -> None:
+    """Validation perplexity against the training step, a panel per width."""
+    plain = [row for row in rows if not row.changes]
+    drawn, panels = _panels(plain)
+    for bits, axis in panels:
+        for row in plain:
+            if row.bits in (bits, BITS_16):
+                axis.plot(list(row.curve), [perplexity(v) for v in row.curve.values()], label=row.method, lw=_width(row.method))
+        axis.set(title=f"{bits} bits", xlabel="step", ylabel="validation perplexity", yscale="log")
+        axis.legend(fontsize=8)
+    _save(drawn, path)
+
+
+def sweep_figure(protocol: Protocol, sweep: Sweep, rows: Sequence[Row], path: Path) -> None:
+    """Test perplexity against the setting's value, dotted before training, a panel per width."""
+    found = sweep_rows(protocol, sweep, rows)
+    drawn, panels = _panels([row for _, row in found])
+    for bits, axis in panels:
+        for method in dict.fromkeys(row.method for _, row in found if row.bits in (bits, BITS_16)):
+            mine = [(value, row) for value, row in found if row.method == method and row.bits in (bits, BITS_16)]
+            places = [sweep.values.index(value) for value, _ in mine]
+            [line] = axis.plot(places, [perplexity(row.loss) for _, row in mine], "o-", label=method, lw=_width(method))
+            axis.plot(places, [perplexity(row.before) for _, row in mine], ":", color=line.get_color(), lw=1)
+        axis.set_xticks(range(len(sweep.values)), list(map(sweep.shown, sweep.values)))
+        axis.set(title=f"{bits} bits", xlabel=sweep.name, ylabel="test perplexity (dotted: before)", yscale="log")
+        axis.legend(fontsize=8)
+    _save(drawn, path)
+
+
+def _panels(rows: Sequence[Row]):
+    """The figure, and (width, axis) of each panel."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    widths = sorted({row.bits for row in rows if row.bits != BITS_16}) or [BITS_16]
+    drawn, axes = plt.subplots(1, len(widths), figsize=(5.5 * len(widths), 4), squeeze=False, layout="constrained")
+    return drawn, list(zip(widths, axes[0], strict=True))
+
+
+def _save(drawn, path: Path) -> None:
+    from matplotlib import pyplot as plt
+
+    drawn.savefig(path, dpi=150)
+    plt.close(drawn)
+
+
+def _width(method: str) -> int:
+    return 2 if "cloq" in method else 1

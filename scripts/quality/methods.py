@@ -1,0 +1,67 @@
+"""What is compared: a base and factors on it, by the name that the table has for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+BITS_16 = 16
+_CALIBRATION = frozenset({"calib", "calib_samples", "calib_len"})
+
+
+@dataclass(frozen=True)
+class Method:
+    """base: `dense`, `nf4`, `gptq` (shared by all that name it), `own`, or the library that makes base and factors: `gptqmodel`, `peft`.
+    init, settings: of the run that makes the factors. balanced: share the singular values of the product between the factors before
+    training; the product stays. family: methods of one family are variants of each other, not rivals; of nobody else's if empty."""
+
+    base: str
+    init: str = "zero"
+    settings: tuple[tuple[str, object], ...] = ()
+    balanced: bool = False
+    family: str = ""
+
+    def widths(self, bits: list[int]) -> list[int]:
+        """Those of the widths at which there is such a method."""
+        only = {"dense": BITS_16, "nf4": 4, "peft": 4}.get(self.base)
+        if only is None:
+            return bits
+        return [only] if only == BITS_16 or only in bits else []
+
+    @property
+    def moved_by(self) -> frozenset[str]:
+        """Settings of a sweep that change what this method starts from; at others it is the same cell."""
+        if self.base in ("dense", "nf4", "peft"):
+            return frozenset({"rank"})
+        if self.init == "loftq":  # it sees weights alone, and so does its quantizer
+            return frozenset({"rank", "group_size"})
+        if self.base == "gptqmodel":
+            return _CALIBRATION | {"rank", "group_size"}
+        fitted_to_data = self.base == "own" or self.init in ("cloq", "eora", "qera")
+        return _CALIBRATION | {"rank", "group_size", "sequential"} | ({"propagate"} if fitted_to_data else set())
+
+
+METHODS = {
+    "lora-16": Method("dense"),
+    "qlora-nf4": Method("nf4"),
+    "zero": Method("gptq", "zero"),
+    "svd": Method("gptq", "svd"),
+    "qera": Method("gptq", "qera"),
+    "eora": Method("gptq", "eora"),
+    "cloq": Method("gptq", "cloq", family="cloq"),
+    "cloq-balanced": Method("gptq", "cloq", balanced=True, family="cloq"),
+    "loftq": Method("own", "loftq", (("quantizer", "rtn"),)),
+    "cloq-run": Method("own", "cloq", family="cloq"),
+    "gptqmodel-eora": Method("gptqmodel", "eora"),
+    "peft-loftq": Method("peft", "loftq"),
+}
+"""`loftq` alternates on round-to-nearest, as published, with scales searched like everybody's. The last two are other libraries' own
+work from the 16-bit model to the factors; see `rivals`."""
+
+OWN = [name for name, method in METHODS.items() if method.base not in ("gptqmodel", "peft")]
+"""What is run if no method is named: nothing that needs another library's quantizer."""
+
+
+def are_rivals(one: str, other: str) -> bool:
+    """Whether one is to be measured against the other: neither itself, nor of its family, nor the 16-bit model."""
+    mine, theirs = METHODS[one], METHODS[other]
+    return one != other and theirs.base != "dense" and not (mine.family and mine.family == theirs.family)
