@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from cloq import __version__, packing
 from cloq.errors import ExportError
-from cloq.export.format import FLOATS, Contents, StoredLayer, TensorSpec
+from cloq.export.format import FLOATS, Contents, ExpertsStored, StoredLayer, TensorSpec
 from cloq.models import is_conv1d
 from cloq.types import AnyQuantizedWeight, QuantizedWeight
 
@@ -36,6 +36,7 @@ class Gptq:
     """Writes GPTQ v2: 2, 3, 4 and 8 bits, symmetric and asymmetric, activation order, a shorter last group."""
 
     name: ClassVar[str] = "gptq"
+    experts: ClassVar[ExpertsStored] = "apart"
     dtype: str | None = None
 
     def check(self, contents: Contents) -> None:
