@@ -28,9 +28,10 @@ def load(out: str | Path, trainable: bool = False, *, base: str | Path | None = 
 
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter, is_trainable=...)
 
-    but for four things: the base is checked first, because a missing tensor would abort the process; without a `dtype`, a
+    but for five things: the base is checked first, because a missing tensor would abort the process; without a `dtype`, a
     float16 base on a machine without a GPU is loaded as float32 (a CPU multiplies float16 some twenty times slower); a
-    compressed-tensors base with several widths is decoded at once, because PEFT cannot wrap what is still packed; and where
+    compressed-tensors base with several widths is decoded at once, because PEFT cannot wrap what is still packed; packed experts
+    are loaded as layers of their own (see `cloq.experts_apart`), because plain transformers cannot load them; and where
     trainable, packed layers keep no decoded weight for the backward pass (see `cloq.frozen`).
 
     Raises `ExportError` if a folder is missing or damaged, `MissingLibrary` with the pip command if the format needs one that is
@@ -50,14 +51,24 @@ def load(out: str | Path, trainable: bool = False, *, base: str | Path | None = 
         kwargs["dtype"] = default_dtype(config)
 
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(base, **kwargs)
+    model = load_base(base, **kwargs)
     if _still_packed(quantization):
         model.hf_quantizer.compressor.decompress_model(model)
     if trainable:
         decode_again(model)
     return PeftModel.from_pretrained(model, adapter.folder, is_trainable=trainable)
+
+
+def load_base(base: Path, **kwargs):
+    """`AutoModelForCausalLM.from_pretrained(base, **kwargs)`, and the same for a base with packed experts, which that cannot load."""
+    from transformers import AutoModelForCausalLM
+
+    from cloq.experts_apart import has_packed_experts, load_experts_apart
+
+    if has_packed_experts(base):
+        return load_experts_apart(base, **kwargs)
+    return AutoModelForCausalLM.from_pretrained(base, **kwargs)
 
 
 def base_folder(out: Path, adapter: AdapterFolder) -> Path:
