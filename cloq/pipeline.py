@@ -98,9 +98,8 @@ def _solve_block(
     calibration: list[Batch], heldout: list[Batch], clock: _Clock, emit: Emit, given: GivenBase | None,
 ) -> dict[str, LayerResult]:  # fmt: skip
     wanted = {name: module for name, module in linears.items() if not layers[name].dense}
-    rounds = decoder.rounds(shared_inputs(lambda: decoder.run_block(index, calibration[0]), wanted))
-    if not spec.sequential or spec.propagate == "dense":
-        rounds = [[group for together in rounds for group in together]]
+    groups = shared_inputs(lambda: decoder.run_block(index, calibration[0]), wanted)
+    rounds = decoder.rounds(groups, one_by_one=spec.sequential and spec.propagate != "dense")
     results: dict[str, LayerResult] = {}
     for together in rounds:  # one forward per round; later rounds see the layers of earlier ones already quantized
         firsts = [group[0] for group in together]
@@ -157,8 +156,8 @@ def solve_layer(
         notes.append(f"group size {group_size} does not divide {weight.shape[1]} inputs: the last group has {weight.shape[1] % group_size}")
     if stats.borrowed:
         notes.append(
-            f"fewer than {stats.n_tokens + stats.borrowed} calibration tokens reached this expert: topped up with a mean over tokens of other "
-            "experts"
+            f"fewer than {stats.n_tokens + stats.borrowed} calibration tokens reached this expert: topped up with a mean over tokens that "
+            "went to others"
         )
     elif stats.n_tokens == 0:
         notes.append("no calibration token reached this layer: quantized without statistics, factors fitted to the plain weight error")
@@ -218,8 +217,8 @@ def apply_results(results: dict[str, LayerResult], linears: dict[str, nn.Module]
 def plan_layers(spec: RunSpec, decoder: Decoder) -> dict[str, LayerSpec]:
     """What every linear layer of every block gets, by full name, in order.
 
-    Raises `SpecError` if a pattern names no layer or nothing is left to quantize; `ModelError` for experts that cannot be taken apart unless
-    `only` or `skip` say that this is known.
+    Raises `SpecError` if a pattern names no layer or nothing is left to quantize; `ModelError` for experts that cannot be taken apart,
+    unless `only` or `skip` say that this is known.
     """
     names = decoder.all_linears()
     fused = [name for index in range(len(decoder.blocks)) for name in decoder.fused_experts(index)]

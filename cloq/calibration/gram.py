@@ -78,8 +78,8 @@ def topped_up(own: LayerStats, others: LayerStats, least: int) -> LayerStats:
     """`G + (least − n) · Ḡ`, where an expert saw `n < least` tokens and `Ḡ` is the mean of `x xᵀ` over tokens that it is shown although the
     router sends them elsewhere; with `n >= least` tokens the expert's own Gram matrix as it is.
 
-    So the mean of `x xᵀ` that the solve sees is `(1 − α) · own + α · others` with `α = max(0, 1 − n / least)`: an expert that saw nothing is
-    calibrated on what it would make of any token, one that saw enough on its own tokens alone, and nothing jumps in between.
+    So the mean of `x xᵀ` that the solve sees is `(1 − α) · own + α · others` with `α = max(0, 1 − n / least)`: an expert that saw nothing
+    is calibrated on what it would make of any token, one that saw enough on its own tokens alone, and nothing jumps in between.
     """
     missing = least - own.n_tokens
     if missing <= 0 or others.n_tokens == 0:

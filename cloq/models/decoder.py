@@ -31,6 +31,10 @@ from cloq.models.skeleton import build_skeleton, find_blocks, load_config, max_p
 Call = tuple[tuple, dict[str, Any]]
 """Positional and keyword arguments of a block's forward, after the hidden states."""
 
+GRAM_BYTES = 4 << 30
+"""What the Gram matrices of experts side by side may take. Those that do not fit wait for another forward, which changes nothing but time:
+no expert sees what another one makes."""
+
 StandIn = Callable[[int, Tensor, tuple, dict[str, Any]], Tensor]
 """Takes a block's place in the model's forward: its index, hidden states and further arguments → what it returns as hidden
 states."""
@@ -97,14 +101,17 @@ class Decoder:
     def expert_layers(self) -> dict[str, ExpertLayer]:
         """Of all blocks, by full name."""
         every = experts_of(self.model)
-        return {f"{path}.{name}": ExpertLayer(path, s.expert, s.leaf == "down_proj") for path, e in every.items() for name, s in e.slots.items()}
+        return {
+            f"{path}.{name}": ExpertLayer(path, s.expert, s.leaf == "down_proj") for path, e in every.items() for name, s in e.slots.items()
+        }
 
     def routers(self, index: int) -> list[str]:
         """Full names of a block's plain linear layers that choose or weigh experts; see `cloq.models.linears.routers`."""
         return [f"{self.block_name(index)}.{name}" for name in kinds.routers(self.blocks[index])]
 
     def fused_experts(self, index: int) -> list[str]:
-        """Full names of a block's weights that belong to no linear layer and could not be taken apart; see `cloq.models.linears.fused_experts`."""
+        """Full names of a block's weights that belong to no linear layer and could not be taken apart; see
+        `cloq.models.linears.fused_experts`."""
         return [f"{self.block_name(index)}.{name}" for name in kinds.fused_experts(self.blocks[index])]
 
     def block_parameters(self, index: int) -> int:
@@ -156,9 +163,7 @@ class Decoder:
         for name, origin in self.source_names.items():
             found, wanted = origin.shape(self.checkpoint, self.model), tuple(_tensor(self.model, name).shape)
             if found != wanted:
-                raise ModelError(
-                    f"{name} is {found} in {self.folder} but {wanted} by its config.json; they do not belong together"
-                )
+                raise ModelError(f"{name} is {found} in {self.folder} but {wanted} by its config.json; they do not belong together")
 
     # -- weights come and go -------------------------------------------------------------------------------------------
 
@@ -255,9 +260,24 @@ class Decoder:
         output = self.blocks[index](batch.hidden, *args, **kwargs)
         return output[0] if isinstance(output, (tuple, list)) else output
 
-    def rounds(self, groups: list[list[str]]) -> list[list[list[str]]]:
-        """Groups of layers that share an input → what can be captured in one forward each; see `cloq.models.experts.rounds`."""
-        return rounds(groups, self.expert_layers.get)
+    def rounds(self, groups: list[list[str]], one_by_one: bool) -> list[list[list[str]]]:
+        """Groups of layers that share an input → rounds, each of them calibrated in one forward: all in one, or one by one, where experts
+        side by side count as one (see `cloq.models.experts.rounds`) as far as their Gram matrices fit into `GRAM_BYTES`."""
+        if not one_by_one:
+            return [groups] if groups else []
+        return [part for together in rounds(groups, self.expert_layers.get) for part in self._fitting(together)]
+
+    def _fitting(self, together: list[list[str]]) -> list[list[list[str]]]:
+        parts: list[list[list[str]]] = [[]]
+        held = 0
+        for group in together:
+            size = 4 * kinds.linear_shape(self.model.get_submodule(group[0]))[1] ** 2
+            if parts[-1] and held + size > GRAM_BYTES:
+                parts.append([])
+                held = 0
+            parts[-1].append(group)
+            held += size
+        return parts
 
     @contextlib.contextmanager
     def showing(self, names: Iterable[str], tokens: int, enough: int) -> Iterator[None]:

@@ -112,9 +112,7 @@ class Experts(nn.ModuleList):
         self_shapes = {leaf: tuple(fused.get_parameter(leaf).shape) for leaf, _ in _LAYOUTS[layout].values()}
         count, dtype = next(iter(self_shapes.values()))[0], fused.down_proj.dtype
         slots = [{name: Slot(leaf, part, i, fused.is_transposed) for name, (leaf, part) in _LAYOUTS[layout].items()} for i in range(count)]
-        layers = {
-            name: tuple(slot.of(torch.empty(self_shapes[slot.leaf], device="meta")).shape) for name, slot in slots[0].items()
-        }
+        layers = {name: tuple(slot.of(torch.empty(self_shapes[slot.leaf], device="meta")).shape) for name, slot in slots[0].items()}
         fused._parameters.clear()
         super().__init__(Expert(layers, fused.has_bias, layout == "interleaved", fused, dtype) for _ in range(count))
         self.num_experts = count

@@ -65,8 +65,8 @@ class Origin:
 
 @dataclass(frozen=True)
 class Slice:
-    """How one expert's tensor is had where the files hold only all experts' together, or in pieces that do not match it. target: its name in
-    the model. fused: origin of the tensor for all experts. slot: where it lies there."""
+    """How one expert's tensor is had where the files hold all experts' together, or in pieces that do not match it. target: its name in the
+    model. fused: origin of the tensor for all experts. slot: where it lies there."""
 
     target: str
     fused: Origin
