@@ -4,6 +4,7 @@ adapter."""
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +31,8 @@ def load(out: str | Path, trainable: bool = False, *, base: str | Path | None = 
 
     but for five things: the base is checked first, because a missing tensor would abort the process; without a `dtype`, a
     float16 base on a machine without a GPU is loaded as float32 (a CPU multiplies float16 some twenty times slower); a
-    compressed-tensors base with several widths is decoded at once, because PEFT cannot wrap what is still packed; packed experts
-    are loaded as layers of their own (see `cloq.experts_apart`), because plain transformers cannot load them; and where
+    compressed-tensors base with several widths is decoded at once, because PEFT cannot wrap what is still packed; quantized
+    experts are layers of their own (see `cloq.experts_apart`), because plain transformers cannot load packed ones; and where
     trainable, packed layers keep no decoded weight for the backward pass (see `cloq.frozen`).
 
     Raises `ExportError` if a folder is missing or damaged, `MissingLibrary` with the pip command if the format needs one that is
@@ -52,7 +53,7 @@ def load(out: str | Path, trainable: bool = False, *, base: str | Path | None = 
 
     from peft import PeftModel
 
-    model = load_base(base, **kwargs)
+    model = load_base(base, adapter.names, **kwargs)
     if _still_packed(quantization):
         model.hf_quantizer.compressor.decompress_model(model)
     if trainable:
@@ -60,13 +61,15 @@ def load(out: str | Path, trainable: bool = False, *, base: str | Path | None = 
     return PeftModel.from_pretrained(model, adapter.folder, is_trainable=trainable)
 
 
-def load_base(base: Path, **kwargs):
-    """`AutoModelForCausalLM.from_pretrained(base, **kwargs)`, and the same for a base with packed experts, which that cannot load."""
+def load_base(base: Path, adapted: Iterable[str] = (), **kwargs):
+    """`AutoModelForCausalLM.from_pretrained(base, **kwargs)`, with experts taken apart where single ones are packed or among the layers
+    that are to get factors."""
     from transformers import AutoModelForCausalLM
 
-    from cloq.experts_apart import has_packed_experts, load_experts_apart
+    from cloq.experts_apart import load_experts_apart, names_experts
+    from cloq.export.read import QuantizedFolder
 
-    if has_packed_experts(base):
+    if names_experts([*adapted, *QuantizedFolder(base).names]):
         return load_experts_apart(base, **kwargs)
     return AutoModelForCausalLM.from_pretrained(base, **kwargs)
 

@@ -86,10 +86,10 @@ class Expert(nn.Module):
     """One expert: `down(gate_rule(gate(x), up(x)))`, or `down(act(up(x)))` where there is no gate. rule: the module that it was taken out
     of, which knows the activation and the gate's rule; its parameters are gone."""
 
-    def __init__(self, shapes: dict[str, tuple[int, int]], bias: bool, interleaved: bool, rule: nn.Module, dtype: torch.dtype):
+    def __init__(self, layers: list[str], rule: nn.Module, interleaved: bool):
         super().__init__()
-        for name, (out, columns) in shapes.items():
-            setattr(self, name, nn.Linear(columns, out, bias=bias, device="meta", dtype=dtype))
+        for name in layers:
+            setattr(self, name, nn.Linear(0, 0, bias=rule.has_bias, device="meta"))
         self._interleaved = interleaved
         self.__dict__["_rule"] = rule  # not a part of this module: it would be visited once for every expert
 
@@ -108,16 +108,16 @@ class Experts(nn.ModuleList):
     """
 
     def __init__(self, fused: nn.Module):
-        layout = "plain" if not fused.has_gate else "concatenated" if fused.is_concatenated else "interleaved"
-        self_shapes = {leaf: tuple(fused.get_parameter(leaf).shape) for leaf, _ in _LAYOUTS[layout].values()}
-        count, dtype = next(iter(self_shapes.values()))[0], fused.down_proj.dtype
-        slots = [{name: Slot(leaf, part, i, fused.is_transposed) for name, (leaf, part) in _LAYOUTS[layout].items()} for i in range(count)]
-        layers = {name: tuple(slot.of(torch.empty(self_shapes[slot.leaf], device="meta")).shape) for name, slot in slots[0].items()}
+        layout = _LAYOUTS["plain" if not fused.has_gate else "concatenated" if fused.is_concatenated else "interleaved"]
+        held = dict(fused.named_parameters(recurse=False))
         fused._parameters.clear()
-        super().__init__(Expert(layers, fused.has_bias, layout == "interleaved", fused, dtype) for _ in range(count))
-        self.num_experts = count
-        self.slots = {f"{i}.{name}": slot for i, own in enumerate(slots) for name, slot in own.items()}
-        self.shapes = self_shapes | ({f"{leaf}_bias": _bias_shape(s, fused) for leaf, s in self_shapes.items()} if fused.has_bias else {})
+        count = len(held["down_proj"])
+        slots = {f"{i}.{name}": Slot(leaf, part, i, fused.is_transposed) for i in range(count) for name, (leaf, part) in layout.items()}
+        super().__init__(Expert(list(layout), fused, layout["up_proj"][1] is _odd) for _ in range(count))
+        for name, slot in slots.items():
+            _take(self.get_submodule(name), slot, held)
+        self.num_experts, self.slots = count, slots
+        self.shapes = {leaf: tuple(parameter.shape) for leaf, parameter in held.items()}
         self._shown: tuple[frozenset[int], int] | None = None
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -150,12 +150,18 @@ class Experts(nn.ModuleList):
             self._shown = None
 
 
-def _bias_shape(shape: tuple[int, ...], fused: nn.Module) -> tuple[int, int]:
-    return shape[0], shape[2 if fused.is_transposed else 1]
+def _take(layer: nn.Linear, slot: Slot, held: dict[str, nn.Parameter]) -> None:
+    """Gives a layer its own copy of what is its part of the fused parameters, or as little as they hold themselves (on the meta device)."""
+    for kind, leaf in (("weight", slot.leaf), ("bias", f"{slot.leaf}_bias")):
+        if leaf in held:
+            own = slot.of(held[leaf].detach()).clone(memory_format=torch.contiguous_format)
+            setattr(layer, kind, nn.Parameter(own, requires_grad=held[leaf].requires_grad))
+    layer.out_features, layer.in_features = layer.weight.shape
 
 
 def unfuse(model: nn.Module) -> nn.Module:
-    """Takes apart all fused experts that say how they lie in memory; the model itself, changed in place. It holds no weights yet."""
+    """Takes apart all fused experts that say how they lie in memory; the model itself, changed in place. Weights that it holds go with
+    them."""
     for name, module in list(model.named_modules()):
         if _says_how_it_lies(module):
             owner, _, leaf = name.rpartition(".")
