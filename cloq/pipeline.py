@@ -36,8 +36,11 @@ EXECUTION_ONLY = ("device", "batch_tokens")
 
 SPECTRUM_POINTS = 32
 
+ENOUGH = 2
+"""Tokens for each input of an expert's layer with which its own Gram matrix is enough; measured in docs/log.md."""
+
 SHOWN = 4
-"""An expert that saw too few tokens is shown this many times its inputs of other tokens, or all there are."""
+"""Tokens for each input that an expert with fewer is shown besides, or all there are."""
 
 
 class GivenBase(Protocol):
@@ -123,9 +126,9 @@ def _solve_block(
 def _topped_up(
     decoder: Decoder, index: int, linears: dict[str, nn.Module], batches: list[Batch], stats: dict[str, LayerStats]
 ) -> dict[str, LayerStats]:  # fmt: skip
-    """The statistics of those experts' layers that saw fewer tokens than they have inputs, with which no Gram matrix has full rank: topped
-    up to that many tokens with a mean over tokens of the layer that the router sent elsewhere, as this expert would treat them."""
-    least = {name: linear_shape(linears[name])[1] for name in stats}
+    """The statistics of those experts' layers that saw fewer than `ENOUGH` tokens for each of their inputs: topped up to that many with a
+    mean over tokens of the layer, wherever the router sent them, as this expert would treat them."""
+    least = {name: ENOUGH * linear_shape(linears[name])[1] for name in stats}
     starved = [n for n, seen in stats.items() if n in decoder.expert_layers and seen.n_tokens < least[n]]
     if not starved:
         return {}
@@ -134,7 +137,7 @@ def _topped_up(
         layer = decoder.expert_layers[name]
         alike.setdefault(name if layer.inner else layer.experts, []).append(name)
     tokens = sum(batch.hidden.shape[:2].numel() for batch in batches)
-    with decoder.showing(starved, tokens, SHOWN * max(least[name] for name in starved)):
+    with decoder.showing(starved, tokens, SHOWN // ENOUGH * max(least[name] for name in starved)):
         others = gram_matrices(_forwards(decoder, index, batches), linears, [names[0] for names in alike.values()])
     return {name: topped_up(stats[name], others[names[0]], least[name]) for names in alike.values() for name in names}
 

@@ -205,15 +205,17 @@ def test_the_topped_up_mean_moves_from_the_others_to_the_own():
     own, others = torch.diag(torch.tensor([3.0, 1.0])), torch.diag(torch.tensor([2.0, 8.0]))
 
     def mean(tokens: int) -> Tensor:
-        stats = topped_up(LayerStats(tokens * own, tokens), LayerStats(5 * others, 5), 8)
+        stats = topped_up(LayerStats(tokens * own, tokens), LayerStats(9 * others, 9), 8)
         assert stats.n_tokens == tokens and stats.borrowed == max(0, 8 - tokens)
         return stats.gram / (stats.n_tokens + stats.borrowed)
 
     assert torch.allclose(mean(0), others) and torch.allclose(mean(8), own) and torch.allclose(mean(100), own)
     assert torch.allclose(mean(2), 0.25 * own + 0.75 * others)
+    few = topped_up(LayerStats(0 * own, 0), LayerStats(2 * others, 2), 8)  # of eight tokens two are there: the others' mean square is 5
+    assert torch.allclose(few.gram / 8, 0.25 * others + 0.75 * 5 * torch.eye(2))
     alone = LayerStats(own, 1)
     assert topped_up(alone, LayerStats(torch.zeros(2, 2), 0), 8) is alone
-    merged = topped_up(LayerStats(own, 1), LayerStats(others, 1), 8) + topped_up(LayerStats(own, 1), LayerStats(others, 1), 8)
+    merged = topped_up(alone, LayerStats(others, 1), 8) + topped_up(alone, LayerStats(others, 1), 8)
     assert (merged.n_tokens, merged.borrowed) == (2, 14)
 
 
