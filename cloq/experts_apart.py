@@ -1,9 +1,9 @@
 """Quantized experts through the real libraries: transformers' own `from_pretrained`, with the experts taken apart.
 
-transformers fuses experts into one parameter, which no packed layer can stand for and on which PEFT puts no factors by the names of
-layers; loaded plainly, a folder with packed experts would come out with random ones and a warning. Here the class that `from_pretrained`
-builds is the model's own, taken apart as soon as it is built, so that GPTQModel's layers go in the places of the experts' linear layers and
-PEFT finds them by their names. A dense base is loaded first and taken apart then.
+transformers fuses experts into one parameter, which no packed layer can stand for and on which PEFT puts single experts' factors in a few
+families only; loaded plainly, a folder with packed experts would come out with random ones and a warning. Here the class that
+`from_pretrained` builds is the model's own, taken apart as soon as it is built, so that GPTQModel's layers go in the places of the experts'
+linear layers and PEFT finds them by their names. A dense base is loaded first and taken apart then.
 """
 
 from __future__ import annotations

@@ -194,6 +194,16 @@ def quantized(weight: Tensor):
     return Rtn(3, 32).quantize(weight)
 
 
+@pytest.mark.parametrize("family", ["olmoe", "qwen3_moe"])
+def test_plain_peft_fuses_the_factors_of_families_that_it_knows(family, tmp_path):
+    from peft import PeftModel
+
+    run = finish(family, tmp_path, lambda name, weight: quantized(weight), **({"mlp_only_layers": []} if family == "qwen3_moe" else {}))
+    base = run.export("dense", dtype="float32")
+    model = PeftModel.from_pretrained(load_plain(base), run.adapter(base))
+    assert close(logits(model), logits(run.reference(adapter=True)))
+
+
 @pytest.mark.parametrize("form", ["gptq", "dense"])
 def test_part_of_the_experts_can_be_quantized(form, tmp_path):
     """The others stay as they are, in the same form of storage, and the rest of the block too."""

@@ -78,8 +78,8 @@ def _check_experts(decoder: Decoder, layouts: dict[str, WeightLayout], form: For
     expert = next((name for name in layouts if name in decoder.expert_layers), None)
     if expert is not None and form.experts == "refused":
         raise ExportError(
-            f"{expert} is one of {type(decoder.model).__name__}'s experts, and packed experts are not loaded from --format {form.name}; use "
-            "--format gptq or container (integers), or dense, or leave them as they are with --skip 'experts.*'"
+            f"{expert} is one of {type(decoder.model).__name__}'s experts, and packed experts are not loaded from --format {form.name}; "
+            "use --format gptq or container (integers), or dense, or leave them as they are with --skip 'experts.*'"
         )
 
 

@@ -102,8 +102,8 @@ model = cloq.load("."{argument}, trainable=True)  # a peft.PeftModel, for Traine
 ```
 
 Single experts are quantized and have factors. Plain transformers fuses experts into one parameter: it would fill in random ones where these
-are packed, with no more than a warning, and PEFT would leave their factors aside. `cloq.load` loads the same model through both libraries
-with its experts as layers of their own; `cloq merge` writes base and adapter as one dense model that plain transformers loads.
+are packed, with no more than a warning, and PEFT has fused factors for some families only. `cloq.load` loads the same model through both
+libraries with its experts as layers of their own; `cloq merge` writes base and adapter as one dense model that plain transformers loads.
 {note}
 The adapter belongs to this base and its initialization is part of the result: do not reinitialize it, and keep `lora_alpha`
 equal to the rank.
