@@ -204,6 +204,7 @@ def test_plain_peft_fuses_the_factors_of_families_that_it_knows(family, tmp_path
     assert close(logits(model), logits(run.reference(adapter=True)))
 
 
+@gptq
 @pytest.mark.parametrize("form", ["gptq", "dense"])
 def test_part_of_the_experts_can_be_quantized(form, tmp_path):
     """The others stay as they are, in the same form of storage, and the rest of the block too."""
@@ -211,10 +212,12 @@ def test_part_of_the_experts_can_be_quantized(form, tmp_path):
     out = run.export(form, **({"dtype": "float32"} if form == "dense" else {}))
     run.adapter(out)
     assert all(finding.ok for finding in check(run.store.out))
-    merged = cloq.merge(run.store.out, tmp_path / "merged", dtype="float32").target
-    assert close(logits(load_plain(merged)), logits(run.reference(adapter=True)))
+    expected = logits(run.reference(adapter=True))
+    assert close(logits(cloq.load(run.store.out, dtype=torch.float32)), expected, 1e-3)
+    assert close(logits(load_plain(cloq.merge(run.store.out, tmp_path / "merged", dtype="float32").target)), expected)
 
 
+@gptq
 def test_experts_with_biases_stored_in_one_parameter(tmp_path):
     """GPT-OSS: interleaved, transposed, a gate of its own kind."""
     run = finish("gpt_oss", tmp_path, lambda name, weight: quantized(weight))
@@ -222,8 +225,9 @@ def test_experts_with_biases_stored_in_one_parameter(tmp_path):
     run.adapter(run.export("gptq"))
     shutil.rmtree(run.store.out / "model")
     (run.store.out / "model-gptq").rename(run.store.out / "model")
-    merged = cloq.merge(run.store.out, tmp_path / "merged", dtype="float32").target
-    assert close(logits(load_plain(merged)), logits(run.reference(adapter=True)))
+    expected = logits(run.reference(adapter=True))
+    assert close(logits(cloq.load(run.store.out, dtype=torch.float32)), expected, 1e-3)
+    assert close(logits(load_plain(cloq.merge(run.store.out, tmp_path / "merged", dtype="float32").target)), expected)
 
 
 def test_perplexity_is_that_of_the_stored_run(runs):
