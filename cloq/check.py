@@ -100,6 +100,8 @@ def _check_base(folder: Path, trust_remote_code: bool) -> Iterator[Finding]:
     )
     obstacle = source.reader.obstacle(decoder.model, expected)
     yield Finding(not obstacle, f"{name}: {obstacle or 'transformers can build the model around packed layers'}")
+    if not source.names.isdisjoint(decoder.expert_layers):
+        yield Finding(True, f"{name}: holds packed experts, for cloq.load or GPTQModel; plain transformers would fill in random ones")
     bad = sorted(_wrong_tensors(source, headers))
     yield _finding(f"{name}: every packed tensor is there, in the shape and dtype of its format", bad, again)
     if not wrong and not bad:

@@ -4,6 +4,7 @@ adapter."""
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ def load(out: str | Path, trainable: bool = False, *, base: str | Path | None = 
 
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter, is_trainable=...)
 
-    but for four things: the base is checked first, because a missing tensor would abort the process; without a `dtype`, a
+    but for five things: the base is checked first, because a missing tensor would abort the process; without a `dtype`, a
     float16 base on a machine without a GPU is loaded as float32 (a CPU multiplies float16 some twenty times slower); a
-    compressed-tensors base with several widths is decoded at once, because PEFT cannot wrap what is still packed; and where
+    compressed-tensors base with several widths is decoded at once, because PEFT cannot wrap what is still packed; quantized
+    experts are layers of their own (see `cloq.experts_apart`), because plain transformers cannot load packed ones; and where
     trainable, packed layers keep no decoded weight for the backward pass (see `cloq.frozen`).
 
     Raises `ExportError` if a folder is missing or damaged, `MissingLibrary` with the pip command if the format needs one that is
@@ -48,14 +50,26 @@ def load(out: str | Path, trainable: bool = False, *, base: str | Path | None = 
         kwargs["dtype"] = default_dtype(config)
 
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(base, **kwargs)
+    model = load_base(base, adapter.names, **kwargs)
     if _still_packed(quantization):
         model.hf_quantizer.compressor.decompress_model(model)
     if trainable:
         decode_again(model)
     return PeftModel.from_pretrained(model, adapter.folder, is_trainable=trainable)
+
+
+def load_base(base: Path, adapted: Iterable[str] = (), **kwargs):
+    """`AutoModelForCausalLM.from_pretrained(base, **kwargs)`, with experts taken apart where single ones are packed or among the layers
+    that are to get factors."""
+    from transformers import AutoModelForCausalLM
+
+    from cloq.experts_apart import load_experts_apart, names_experts
+    from cloq.export.read import QuantizedFolder
+
+    if names_experts([*adapted, *QuantizedFolder(base).names]):
+        return load_experts_apart(base, **kwargs)
+    return AutoModelForCausalLM.from_pretrained(base, **kwargs)
 
 
 def _check(base: Path, quantization: dict[str, Any], trust_remote_code: bool) -> None:

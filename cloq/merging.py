@@ -21,7 +21,7 @@ from torch import Tensor
 from cloq.errors import ExportError
 from cloq.export import FORMATS
 from cloq.export.dense import DTYPES, narrowed
-from cloq.export.folder import kept_tensors, plain_config, write_folder
+from cloq.export.folder import experts_fused, kept_tensors, plain_config, write_folder
 from cloq.export.peft import AdapterFolder
 from cloq.export.read import read_config
 from cloq.models import is_conv1d
@@ -109,14 +109,17 @@ def merge(
     layers: dict[str, MergedLayer] = {}
     initial = _initial(out, pair.adapter)
 
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        yield from kept_tensors(pair.decoder, pair.modules, dtype)
+    def merged() -> Iterator[tuple[str, Tensor]]:
         for layer in pair.layers():
             rounded = narrowed(layer.merged, DTYPES[dtype], layer.name)
             layers[layer.name] = _measured(layer, rounded, initial)
             yield f"{layer.name}.weight", rounded.T if is_conv1d(pair.modules[layer.name]) else rounded
             if progress is not None:
                 progress(len(layers), len(pair.modules))
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        yield from kept_tensors(pair.decoder, pair.modules, dtype)
+        yield from experts_fused(pair.decoder, merged(), dtype)
 
     write_folder(tensors(), plain_config(pair.decoder, dtype), pair.base, to)
     return Merged(to, pair.base, pair.adapter.folder, dtype, layers)

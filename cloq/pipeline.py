@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from cloq import __version__, initializers, linalg, quantizers
-from cloq.calibration import CalibrationTokens, gram_matrices, shared_inputs
+from cloq.calibration import CalibrationTokens, gram_matrices, shared_inputs, topped_up
 from cloq.errors import ModelError, SpecError
 from cloq.models import Batch, Decoder, linear_shape, set_weight
 from cloq.specs import LayerSpec, LoraSpec, RunSpec, layer_spec, matches
@@ -35,6 +35,12 @@ EXECUTION_ONLY = ("device", "batch_tokens")
 """Settings that say how a run is executed, not what it computes; they may change between a run and its continuation."""
 
 SPECTRUM_POINTS = 32
+
+ENOUGH = 2
+"""Tokens for each input of an expert's layer with which its own Gram matrix is enough; measured in docs/log.md."""
+
+SHOWN = 4
+"""Tokens for each input that an expert with fewer is shown besides, or all there are."""
 
 
 class GivenBase(Protocol):
@@ -96,12 +102,13 @@ def _solve_block(
 ) -> dict[str, LayerResult]:  # fmt: skip
     wanted = {name: module for name, module in linears.items() if not layers[name].dense}
     groups = shared_inputs(lambda: decoder.run_block(index, calibration[0]), wanted)
-    rounds = [[group] for group in groups] if spec.sequential and spec.propagate != "dense" else [groups]
+    rounds = decoder.rounds(groups, one_by_one=spec.sequential and spec.propagate != "dense")
     results: dict[str, LayerResult] = {}
     for together in rounds:  # one forward per round; later rounds see the layers of earlier ones already quantized
         firsts = [group[0] for group in together]
         with clock("capture"):
             stats = gram_matrices(_forwards(decoder, index, calibration), linears, firsts)
+            stats |= _topped_up(decoder, index, linears, calibration, stats)
             unseen = gram_matrices(_forwards(decoder, index, heldout), linears, firsts) if heldout else {}
         for group in together:
             for name in group:
@@ -114,6 +121,25 @@ def _solve_block(
             with clock("apply"):
                 apply_results({name: results[name] for name in group}, linears, spec.propagate)
     return {name: results[name] for name in linears if name in results}
+
+
+def _topped_up(
+    decoder: Decoder, index: int, linears: dict[str, nn.Module], batches: list[Batch], stats: dict[str, LayerStats]
+) -> dict[str, LayerStats]:  # fmt: skip
+    """The statistics of those experts' layers that saw fewer than `ENOUGH` tokens for each of their inputs: topped up to that many with a
+    mean over tokens of the layer, wherever the router sent them, as this expert would treat them."""
+    least = {name: ENOUGH * linear_shape(linears[name])[1] for name in stats}
+    starved = [n for n, seen in stats.items() if n in decoder.expert_layers and seen.n_tokens < least[n]]
+    if not starved:
+        return {}
+    alike: dict[object, list[str]] = {}  # experts are shown the same tokens, so of those that see the tokens themselves one stands for all
+    for name in starved:
+        layer = decoder.expert_layers[name]
+        alike.setdefault(name if layer.inner else layer.experts, []).append(name)
+    tokens = sum(batch.hidden.shape[:2].numel() for batch in batches)
+    with decoder.showing(starved, tokens, SHOWN // ENOUGH * max(least[name] for name in starved)):
+        others = gram_matrices(_forwards(decoder, index, batches), linears, [names[0] for names in alike.values()])
+    return {name: topped_up(stats[name], others[names[0]], least[name]) for names in alike.values() for name in names}
 
 
 def solve_layer(
@@ -131,9 +157,15 @@ def solve_layer(
     group_size = layer.quant.group_size
     if group_size is not None and weight.shape[1] % group_size:
         notes.append(f"group size {group_size} does not divide {weight.shape[1]} inputs: the last group has {weight.shape[1] % group_size}")
-    if stats.n_tokens == 0:
+    if stats.borrowed:
+        notes.append(
+            f"fewer than {stats.n_tokens + stats.borrowed} calibration tokens reached this expert: topped up with a mean over tokens that "
+            "went to others"
+        )
+    elif stats.n_tokens == 0:
         notes.append("no calibration token reached this layer: quantized without statistics, factors fitted to the plain weight error")
         stats = LayerStats(torch.eye(weight.shape[1], device=weight.device), 0)
+    unseen = unseen if unseen and unseen.n_tokens else None
     quantizer = quantizers.from_spec(layer.quant)
     initializer = initializers.from_spec(lora.replace(rounds=0) if given else lora)  # codes that are given are not chosen again
     quantized, factors = initializer.initialize(weight, stats, lambda w, s: given or quantizer.quantize(w, s), rank)
@@ -188,15 +220,15 @@ def apply_results(results: dict[str, LayerResult], linears: dict[str, nn.Module]
 def plan_layers(spec: RunSpec, decoder: Decoder) -> dict[str, LayerSpec]:
     """What every linear layer of every block gets, by full name, in order.
 
-    Raises `SpecError` if a pattern names no layer or nothing is left to quantize; `ModelError` for fused experts unless `only` or `skip`
-    say that this is known.
+    Raises `SpecError` if a pattern names no layer or nothing is left to quantize; `ModelError` for experts that cannot be taken apart,
+    unless `only` or `skip` say that this is known.
     """
     names = decoder.all_linears()
     fused = [name for index in range(len(decoder.blocks)) for name in decoder.fused_experts(index)]
     if fused and not (spec.only or spec.skip):
         raise ModelError(
-            f"{type(decoder.model).__name__} fuses its experts into parameters such as {fused[0]}, which cloq cannot quantize yet. "
-            "Quantize the dense part alone with --only, for example --only 'self_attn.*'"
+            f"{type(decoder.model).__name__} fuses its experts into parameters such as {fused[0]}, and does not say how they "
+            "lie there, so cloq cannot quantize them. Quantize the dense part alone with --only, for example --only 'self_attn.*'"
         )
     for pattern in [*spec.only, *spec.skip, *(rule.match for rule in spec.rules)]:
         if not any(matches(pattern, name) for name in names):

@@ -21,6 +21,7 @@ class LayerStats:
 
     gram: `Σ x xᵀ` over all calibration tokens, the raw sum, `(in, in)`, float32 or float64.
     n_tokens: how many tokens are in the sum.
+    borrowed: for how many further ones a mean over other tokens stands in it; see `cloq.calibration.topped_up`.
 
     Two of them merge by `+`, so neither order, batching nor the number of processes matters. Factors such as 2 or 1/n are applied where
     they are used.
@@ -28,11 +29,12 @@ class LayerStats:
 
     gram: Tensor
     n_tokens: int
+    borrowed: int = 0
 
     def __add__(self, other: LayerStats) -> LayerStats:
         if self.gram.shape != other.gram.shape:
             raise ValueError(f"cannot merge Gram matrices of shapes {tuple(self.gram.shape)} and {tuple(other.gram.shape)}")
-        return LayerStats(self.gram + other.gram, self.n_tokens + other.n_tokens)
+        return LayerStats(self.gram + other.gram, self.n_tokens + other.n_tokens, self.borrowed + other.borrowed)
 
 
 @dataclass(frozen=True, eq=False)

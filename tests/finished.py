@@ -61,8 +61,16 @@ class Finished:
         model = load_plain(self.decoder.folder)
         for name, result in self.results.items():
             weight = result.weight.dequantize().to(precision).float()
-            set_weight(model.get_submodule(name), weight + result.factors.delta() if adapter else weight)
+            self._put(model, name, weight + result.factors.delta() if adapter else weight)
         return model
+
+    def _put(self, model: nn.Module, name: str, weight: Tensor) -> None:
+        layer = self.decoder.expert_layers.get(name)
+        if layer is None:
+            set_weight(model.get_submodule(name), weight)
+            return
+        slot = self.decoder.model.get_submodule(layer.experts).slots[name.removeprefix(f"{layer.experts}.")]
+        slot.of(model.get_parameter(f"{layer.experts}.{slot.leaf}").detach()).copy_(weight)
 
 
 @torch.no_grad()

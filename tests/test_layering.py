@@ -25,6 +25,7 @@ LAYERS = (
     {"pipeline"},
     {"export"},
     {"frozen"},
+    {"experts_apart"},
     {"loading", "pairing", "merging", "generating", "check", "evaluate", "report", "plan", "tasks"},
     {"api"},
     {"benchmark", "training"},

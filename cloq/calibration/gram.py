@@ -74,6 +74,23 @@ def gram_matrices(runs: Iterable[Callable[[], object]], linears: dict[str, nn.Mo
     return {name: LayerStats(sums[name], tokens[name]) if name in sums else _nothing_seen(linears[name]) for name in names}
 
 
+def topped_up(own: LayerStats, others: LayerStats, least: int) -> LayerStats:
+    """`G + (least − n) · Ḡ`, where an expert saw `n < least` tokens and `Ḡ` is the mean of `x xᵀ` over tokens that it is shown although the
+    router sends them elsewhere; with `n >= least` tokens the expert's own Gram matrix as it is.
+
+    So the mean of `x xᵀ` that the solve sees is `(1 − α) · own + α · others` with `α = max(0, 1 − n / least)`: an expert that saw nothing
+    is calibrated on what it would make of any token, one that saw enough on its own tokens alone, and nothing jumps in between. Where the
+    others are fewer than `least` themselves, inputs in all directions alike, of the same mean square, stand for those that are not there.
+    """
+    missing = least - own.n_tokens
+    if missing <= 0 or others.n_tokens == 0:
+        return own
+    absent = max(0, least - others.n_tokens)
+    square = others.gram.diagonal().mean() / others.n_tokens
+    pool = others.gram + absent * square * torch.eye(len(others.gram), device=others.gram.device)
+    return LayerStats(own.gram + pool * (missing / (others.n_tokens + absent)), own.n_tokens, missing)
+
+
 def _once(name: str, reached: set[str]) -> None:
     if name in reached:
         raise ModelError(

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from cloq import packing
 from cloq.errors import ExportError
-from cloq.export.format import FLOATS, Contents, StoredLayer, TensorSpec
+from cloq.export.format import FLOATS, Contents, ExpertsStored, StoredLayer, TensorSpec
 from cloq.types import AnyQuantizedWeight, QuantizedWeight, WeightLayout
 
 FORMAT = "pack-quantized"
@@ -47,6 +47,7 @@ class CompressedTensors:
     """Writes pack-quantized: 2, 3, 4 and 8 bits, symmetric and asymmetric, per group or channel, several widths in one folder."""
 
     name: ClassVar[str] = "compressed-tensors"
+    experts: ClassVar[ExpertsStored] = "refused"
     dtype: str | None = None
 
     def check(self, contents: Contents) -> None:

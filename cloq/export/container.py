@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cloq.errors import ExportError
 from cloq.export import gptq
-from cloq.export.format import Contents
+from cloq.export.format import Contents, ExpertsStored
 from cloq.types import AnyQuantizedWeight, QuantizedWeight
 
 _ZERO = 8
@@ -28,6 +28,7 @@ class Container:
     """Writes symmetric 4-bit GPTQ from 2 and 3 bits (any grid, also mixed) and from 4 bits symmetric."""
 
     name: ClassVar[str] = "container"
+    experts: ClassVar[ExpertsStored] = "apart"
     dtype: str | None = None
 
     def check(self, contents: Contents) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cloq.errors import ExportError
-from cloq.export.format import Contents
+from cloq.export.format import Contents, ExpertsStored
 from cloq.types import AnyQuantizedWeight
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -21,6 +21,7 @@ class Dense:
     exactly."""
 
     name: ClassVar[str] = "dense"
+    experts: ClassVar[ExpertsStored] = "fused"
     dtype: str = "bfloat16"
 
     def __post_init__(self):

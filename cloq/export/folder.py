@@ -6,6 +6,7 @@ appears under its name only when it is complete. Equal runs write equal bytes. `
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from cloq.export.dense import DTYPES, narrowed
 from cloq.export.format import Contents, Format
 from cloq.export.read import read_config, reader_of
 from cloq.models import Decoder, is_conv1d
+from cloq.models.experts import fuse
 from cloq.store import Store, write_atomically, write_tensors, writing
 from cloq.types import WeightLayout
 
@@ -63,6 +65,7 @@ def _checked(decoder: Decoder, layouts: dict[str, WeightLayout], form: Format) -
     """The config.json and the contents of the folder to be."""
     config = plain_config(decoder, form.dtype)
     contents = _contents(decoder, layouts, config["dtype"])
+    _check_experts(decoder, layouts, form)
     form.check(contents)
     quantization = form.quantization_config(contents)
     if quantization is not None:
@@ -71,11 +74,30 @@ def _checked(decoder: Decoder, layouts: dict[str, WeightLayout], form: Format) -
     return config, contents
 
 
+def _check_experts(decoder: Decoder, layouts: dict[str, WeightLayout], form: Format) -> None:
+    expert = next((name for name in layouts if name in decoder.expert_layers), None)
+    if expert is not None and form.experts == "refused":
+        raise ExportError(
+            f"{expert} is one of {type(decoder.model).__name__}'s experts, and packed experts are not loaded from --format {form.name}; "
+            "use --format gptq or container (integers), or dense, or leave them as they are with --skip 'experts.*'"
+        )
+
+
 def _contents(decoder: Decoder, layouts: dict[str, WeightLayout], dtype: str) -> Contents:
     linears = {name: m for name, m in decoder.model.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m)}
     conv1d = frozenset(name for name, module in linears.items() if is_conv1d(module))
-    fused = tuple(name for name, origin in decoder.source_names.items() if origin.converter is not None)
+    fused = tuple(dict.fromkeys(_in_pieces(decoder)))
     return Contents(layouts, tuple(name for name in linears if name not in layouts), decoder.prefix, dtype, conv1d, fused)
+
+
+def _in_pieces(decoder: Decoder) -> Iterator[str]:
+    """Names of the tensors that transformers would make of several in the files."""
+    for name, origin in decoder.source_names.items():
+        layer = decoder.expert_layers.get(name.rpartition(".")[0])
+        if layer is None and not origin.direct:
+            yield name
+        elif layer is not None and (origin.direct or origin.fused.converter is not None):
+            yield f"{layer.experts}.{'down_proj' if layer.inner else 'gate_up_proj'}"
 
 
 def plain_config(decoder: Decoder, dtype: str | None) -> dict[str, Any]:
@@ -111,28 +133,71 @@ def _check_agreement(model: nn.Module, quantization: dict[str, Any], contents: C
 
 
 def _all_tensors(decoder: Decoder, store: Store, form: Format, contents: Contents) -> Iterator[tuple[str, Tensor]]:
-    yield from kept_tensors(decoder, contents.layouts, form.dtype)
+    apart = form.experts == "apart"
+    yield from kept_tensors(decoder, contents.layouts, form.dtype, experts_apart=apart)
+    replaced = _replaced_tensors(decoder, store, form, contents)
+    yield from replaced if apart else experts_fused(decoder, replaced, form.dtype)
+
+
+def _replaced_tensors(decoder: Decoder, store: Store, form: Format, contents: Contents) -> Iterator[tuple[str, Tensor]]:
     for index in range(len(decoder.blocks)):
         for name, result in store.read(index).items():
             for suffix, tensor in form.tensors(name, result.weight, contents).items():
                 yield f"{name}.{suffix}", tensor
 
 
-def kept_tensors(decoder: Decoder, replaced: Iterable[str], dtype: str | None) -> Iterator[tuple[str, Tensor]]:
+def kept_tensors(
+    decoder: Decoder, replaced: Iterable[str], dtype: str | None, *, experts_apart: bool = False
+) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
     """Every tensor of the model by the name that it has in the files, but for the weights of the layers that are replaced and for
-    the second of two tied ones. dtype: that floating-point tensors are converted to; `None` leaves them as they are."""
+    the second of two tied ones. dtype: that floating-point tensors are converted to; `None` leaves them as they are.
+
+    experts_apart: where experts are among what is replaced. The folder then holds a model that transformers has no rules for, and every
+    tensor has the name that it has in that model. Otherwise what else these experts have is left to `experts_fused`.
+    """
     left_out = {f"{name}.weight" for name in replaced} | decoder.tied_names().keys()
+    touched = {layer.experts for name in replaced if (layer := decoder.expert_layers.get(name))}
     written: set[str] = set()
     for name, origin in decoder.source_names.items():
-        if name in left_out:
+        layer = decoder.expert_layers.get(name.rpartition(".")[0])
+        if name in left_out or (layer and layer.experts in touched and not experts_apart):
             continue
-        if origin.converter is None:
+        if touched and experts_apart:
+            yield name, _converted(decoder.read(name), dtype, name)
+            continue
+        if origin.direct:
             yield _kept_name(name, origin.sources[0][1]), _converted(decoder.read(name), dtype, name)
             continue
-        for _, source in origin.sources:  # stored in pieces, such as experts: they stay in pieces, under their own names
+        for _, source in origin.sources:  # stored in pieces or together, such as experts: they stay so, under their own names
             if source not in written:
                 written.add(source)
                 yield source, _converted(decoder.checkpoint.read(source), dtype, source)
+
+
+def experts_fused(decoder: Decoder, tensors: Iterable[tuple[str, Tensor]], dtype: str | None) -> Iterator[tuple[str, Tensor]]:
+    """Dense tensors as they come, those of experts under the names and in the shapes that plain transformers saves and loads.
+
+    Of experts that have any tensor here the others are read from the decoder. The tensors of one layer's experts come one after the other.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    def experts(named: tuple[str, Tensor]) -> str | None:
+        layer = decoder.expert_layers.get(named[0].rpartition(".")[0])
+        return layer.experts if layer else None
+
+    for path, group in itertools.groupby(tensors, experts):
+        if path is None:
+            yield from group
+            continue
+        own = dict(group)
+
+        def tensor(layer: str, kind: str, path: str = path, own: dict[str, Tensor] = own) -> Tensor:
+            name = f"{path}.{layer}.{kind}"
+            return own[name] if name in own else _converted(decoder.read(name), dtype, name)
+
+        fused = {f"{path}.{leaf}": value for leaf, value in fuse(decoder.model.get_submodule(path), tensor).items()}
+        for name, value in revert_weight_conversion(decoder.model, fused).items():
+            yield name, value.clone()  # views of one tensor, which a file does not take
 
 
 def _kept_name(name: str, source: str) -> str:

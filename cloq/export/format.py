@@ -7,7 +7,7 @@ how it decodes), and `encode` / `decode`, an exact inverse pair.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from cloq.errors import ExportError
 from cloq.models import TensorSource
 from cloq.types import AnyQuantizedWeight, WeightLayout
 
+ExpertsStored = Literal["apart", "fused", "refused"]
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -42,12 +43,14 @@ class Format(Protocol):
     """Writes.
 
     dtype: what everything that is not quantized is converted to; `None` leaves it as it is.
+    experts: how quantized experts are written: `apart`, one layer each; `fused`, as plain transformers loads them; `refused`.
     check: refuses, with `ExportError`, contents that the format cannot hold, before anything is written.
     tensors: a layer's tensors by the suffix of their name (`qweight`, `weight`, …).
     quantization_config: what goes into config.json, or `None`.
     """
 
     name: ClassVar[str]
+    experts: ClassVar[ExpertsStored]
     dtype: str | None
 
     def check(self, contents: Contents) -> None: ...

@@ -16,6 +16,7 @@ the precision of the scales, so what it computes with is float16(W), whatever pr
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from cloq import __version__, packing
 from cloq.errors import ExportError
-from cloq.export.format import FLOATS, Contents, StoredLayer, TensorSpec
+from cloq.export.format import FLOATS, Contents, ExpertsStored, StoredLayer, TensorSpec
 from cloq.models import is_conv1d
 from cloq.types import AnyQuantizedWeight, QuantizedWeight
 
@@ -36,6 +37,7 @@ class Gptq:
     """Writes GPTQ v2: 2, 3, 4 and 8 bits, symmetric and asymmetric, activation order, a shorter last group."""
 
     name: ClassVar[str] = "gptq"
+    experts: ClassVar[ExpertsStored] = "apart"
     dtype: str | None = None
 
     def check(self, contents: Contents) -> None:
@@ -83,7 +85,14 @@ def config(bits: int, group_size: int | None, symmetric: bool, contents: Content
         "lm_head": False,
         "block_name_to_quantize": contents.blocks,
         "meta": {"quantizer": [f"cloq:{__version__}"]},
-    } | ({"modules_in_block_to_quantize": [list(contents.layouts)]} if inside else {})
+    } | ({"modules_in_block_to_quantize": [_named(contents.layouts, inside)]} if inside else {})
+
+
+def _named(quantized: Iterable[str], dense: list[str]) -> list[str]:
+    """What optimum finds the quantized layers by, the ends of their names: the last parts where these fit no dense layer, as there may be
+    thousands of experts; else the full names."""
+    short = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in quantized))
+    return list(quantized) if any(name.endswith(tuple(short)) for name in dense) else short
 
 
 def encode(weight: QuantizedWeight) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from cloq.errors import ExportError
-from cloq.export.format import Contents, StoredLayer, TensorSpec
+from cloq.export.format import Contents, ExpertsStored, StoredLayer, TensorSpec
 from cloq.models import is_conv1d
 from cloq.quantizers.nf4 import CODEBOOK
 from cloq.types import AnyQuantizedWeight, CodebookWeight
@@ -40,6 +40,7 @@ class Nf4:
     """Writes NF4 without double quantization. Only codebook weights: an integer grid has other levels."""
 
     name: ClassVar[str] = "nf4"
+    experts: ClassVar[ExpertsStored] = "refused"
     dtype: str | None = None
 
     def check(self, contents: Contents) -> None:

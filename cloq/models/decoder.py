@@ -11,10 +11,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from cloq.errors import ModelError
 from cloq.models import linears as kinds
 from cloq.models.checkpoint import Checkpoint, TensorSource, check_finite
+from cloq.models.experts import ExpertLayer, Experts, experts_of, rounds
 from cloq.models.heap import trim_heap
 from cloq.models.origins import find_origins
 from cloq.models.probe import returned_values
@@ -29,6 +30,10 @@ from cloq.models.skeleton import build_skeleton, find_blocks, load_config, max_p
 
 Call = tuple[tuple, dict[str, Any]]
 """Positional and keyword arguments of a block's forward, after the hidden states."""
+
+GRAM_BYTES = 4 << 30
+"""What the Gram matrices of experts side by side may take. Those that do not fit wait for another forward, which changes nothing but time:
+no expert sees what another one makes."""
 
 StandIn = Callable[[int, Tensor, tuple, dict[str, Any]], Tensor]
 """Takes a block's place in the model's forward: its index, hidden states and further arguments → what it returns as hidden
@@ -80,7 +85,7 @@ class Decoder:
         return f"{self.prefix}.{index}"
 
     def linears(self, index: int) -> dict[str, nn.Module]:
-        """Linear layers of a block by full name, in the order of definition, without the routers of experts."""
+        """Linear layers of a block by full name, in the order of definition, every expert's among them, without the routers of experts."""
         block, left_out = self.blocks[index], set(kinds.routers(self.blocks[index]))
         return {f"{self.block_name(index)}.{n}": m for n, m in block.named_modules() if kinds.is_linear(m) and n not in left_out}
 
@@ -88,12 +93,25 @@ class Decoder:
         """Full names of the linear layers of all blocks, in order."""
         return [name for index in range(len(self.blocks)) for name in self.linears(index)]
 
+    def experts(self, index: int) -> dict[str, Experts]:
+        """A block's experts that were taken apart, by full name."""
+        return experts_of(self.blocks[index], self.block_name(index))
+
+    @functools.cached_property
+    def expert_layers(self) -> dict[str, ExpertLayer]:
+        """Of all blocks, by full name."""
+        every = experts_of(self.model)
+        return {
+            f"{path}.{name}": ExpertLayer(path, s.expert, s.leaf == "down_proj") for path, e in every.items() for name, s in e.slots.items()
+        }
+
     def routers(self, index: int) -> list[str]:
         """Full names of a block's plain linear layers that choose or weigh experts; see `cloq.models.linears.routers`."""
         return [f"{self.block_name(index)}.{name}" for name in kinds.routers(self.blocks[index])]
 
     def fused_experts(self, index: int) -> list[str]:
-        """Full names of a block's weights that belong to no linear layer; see `cloq.models.linears.fused_experts`."""
+        """Full names of a block's weights that belong to no linear layer and could not be taken apart; see
+        `cloq.models.linears.fused_experts`."""
         return [f"{self.block_name(index)}.{name}" for name in kinds.fused_experts(self.blocks[index])]
 
     def block_parameters(self, index: int) -> int:
@@ -145,9 +163,7 @@ class Decoder:
         for name, origin in self.source_names.items():
             found, wanted = origin.shape(self.checkpoint, self.model), tuple(_tensor(self.model, name).shape)
             if found != wanted:
-                raise ModelError(
-                    f"{name} is {found} in {self.folder} but {wanted} by its config.json; they do not belong together"
-                )
+                raise ModelError(f"{name} is {found} in {self.folder} but {wanted} by its config.json; they do not belong together")
 
     # -- weights come and go -------------------------------------------------------------------------------------------
 
@@ -243,6 +259,39 @@ class Decoder:
         args, kwargs = batch.calls[index]
         output = self.blocks[index](batch.hidden, *args, **kwargs)
         return output[0] if isinstance(output, (tuple, list)) else output
+
+    def rounds(self, groups: list[list[str]], one_by_one: bool) -> list[list[list[str]]]:
+        """Groups of layers that share an input → rounds, each of them calibrated in one forward: all in one, or one by one, where experts
+        side by side count as one (see `cloq.models.experts.rounds`) as far as their Gram matrices fit into `GRAM_BYTES`."""
+        if not one_by_one:
+            return [groups] if groups else []
+        return [part for together in rounds(groups, self.expert_layers.get) for part in self._fitting(together)]
+
+    def _fitting(self, together: list[list[str]]) -> list[list[list[str]]]:
+        parts: list[list[list[str]]] = [[]]
+        held = 0
+        for group in together:
+            size = 4 * kinds.linear_shape(self.model.get_submodule(group[0]))[1] ** 2
+            if parts[-1] and held + size > GRAM_BYTES:
+                parts.append([])
+                held = 0
+            parts[-1].append(group)
+            held += size
+        return parts
+
+    @contextlib.contextmanager
+    def showing(self, names: Iterable[str], tokens: int, enough: int) -> Iterator[None]:
+        """Inside, the experts that the named layers belong to are given other tokens than the router's, evenly drawn so that of `tokens`
+        some `enough` remain, or all there are. What such a block returns means nothing."""
+        shown: dict[str, set[int]] = {}
+        for name in names:
+            layer = self.expert_layers[name]
+            shown.setdefault(layer.experts, set()).add(layer.index)
+        with contextlib.ExitStack() as stack:
+            for path, indices in shown.items():
+                experts = cast(Experts, self.model.get_submodule(path))
+                stack.enter_context(experts.showing(frozenset(indices), max(1, tokens // enough)))
+            yield
 
     @torch.no_grad()
     def leave(self, hidden: Tensor, tokens: Tensor) -> Tensor:

@@ -59,8 +59,8 @@ _FUSED_SHARE, _FUSED_LEAST = 0.1, 0.01
 
 
 def fused_experts(block: nn.Module) -> list[str]:
-    """Names, inside the block, of weights that hold much of it and belong to no linear layer: experts fused into one parameter,
-    which hooks on modules do not see.
+    """Names, inside the block, of weights that hold much of it and belong to no linear layer: experts fused into one parameter that could
+    not be taken apart (see `cloq.models.experts`), which hooks on modules do not see.
 
     Weights are parameters of two or more dimensions outside linear layers, convolutions and embeddings. Together they must be a
     tenth of the block, each a hundredth: the small ones of recurrent layers, decays and routers stay dense like norms do, and

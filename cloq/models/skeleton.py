@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from cloq.errors import ModelError
+from cloq.models.experts import unfuse
 from cloq.models.linears import is_linear
 
 
@@ -41,7 +42,7 @@ def load_tokenizer(folder: str | Path, trust_remote_code: bool = False):
 
 def build_skeleton(config, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
     """The causal language model that a configuration describes, in eval mode, with parameters on the meta device and buffers
-    computed.
+    computed. Fused experts are taken apart where that can be done; see `cloq.models.experts`.
 
     Raises `ModelError` for a configuration that is not of a decoder-only language model.
 
@@ -59,7 +60,7 @@ def build_skeleton(config, dtype: torch.dtype, trust_remote_code: bool = False) 
     except (ValueError, TypeError, KeyError, AttributeError, AssertionError, RuntimeError, ImportError, OSError) as error:
         reason = _reason(error, trust_remote_code)
         raise ModelError(f"{config.model_type} is not a causal language model that transformers can build ({reason})") from error
-    return model.eval()
+    return unfuse(model).eval()
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -109,7 +109,7 @@ class Plan:
 def plan(spec: RunSpec, decoder: Decoder, machine: Machine | None = None) -> Plan:
     """Plans a run on a model that is open. machine: measured here if not given.
 
-    Raises what `pipeline.plan_layers` raises: patterns that name nothing, nothing left to quantize, fused experts.
+    Raises what `pipeline.plan_layers` raises: patterns that name nothing, nothing left to quantize, experts that cannot be taken apart.
     """
     from cloq.pipeline import plan_layers
 
@@ -159,13 +159,13 @@ def _phases(
     phases["embed"] = Work(disk=3 * sizes.outer, streamed=8.0 * tokens * storage.width(decoder))
     for index, forward in enumerate(forwards):
         prefix = decoder.block_name(index) + "."
-        groups = [(g, [prefix + n for n in g.names if prefix + n in chosen]) for g in forward.groups]
-        groups = [(group, names) for group, names in groups if names]
-        rounds = [[one] for one in groups] if spec.sequential and spec.propagate != "dense" else [groups]
-        for together in rounds if groups else []:
-            phases["capture"] += sequences * together[-1][0].before
-            for _, names in together:
-                phases["capture"] += algebra.gram(shapes[names[0]][1], tokens)
+        group_of = {prefix + name: group for group in forward.groups for name in group.names}
+        chosen_groups = [[prefix + name for name in group.names if prefix + name in chosen] for group in forward.groups]
+        one_by_one = spec.sequential and spec.propagate != "dense"
+        for together in decoder.rounds([names for names in chosen_groups if names], one_by_one):
+            phases["capture"] += sequences * group_of[together[-1][0]].before
+            for names in together:
+                phases["capture"] += algebra.gram(shapes[names[0]][1], sequences * group_of[names[0]].tokens)
                 for name in names:
                     layer, rank = chosen[name], min(chosen[name].rank, *shapes[name])
                     given = spec.quantized is not None

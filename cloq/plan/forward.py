@@ -8,6 +8,8 @@ square: causal). Blocks that are alike are run once.
 from __future__ import annotations
 
 import copy
+import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from cloq.models import Decoder, linear_shape
+from cloq.models.experts import experts_of
 from cloq.plan.work import Work
 
 _ATTENTION = 2.5
@@ -27,10 +30,12 @@ _ATTENTION = 2.5
 
 @dataclass(frozen=True)
 class Group:
-    """names: layers that are given the same tensor, by their names inside the block. before: the work of a forward up to it."""
+    """names: layers that are given the same tensor, by their names inside the block. before: the work of a forward up to it.
+    tokens: that they are given."""
 
     names: tuple[str, ...]
     before: Work
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -46,8 +51,8 @@ class BlockForward:
 def block_forwards(decoder: Decoder, length: int) -> tuple[list[BlockForward], str | None]:
     """A forward of one sequence of `length` tokens for every block, and why they could not be counted, if so.
 
-    Where the model cannot run without values (experts are chosen by them), every layer counts as a group of its own, in the order
-    of definition, and a forward as its linear layers.
+    Experts are given equal shares of the tokens: which tokens is a matter of values. Where the model cannot run without values for another
+    reason, every layer counts as a group of its own, in the order of definition, and a forward as its linear layers.
     """
     try:
         return _traced(decoder, length), None
@@ -62,7 +67,7 @@ def _from_shapes(decoder: Decoder, index: int, length: int) -> BlockForward:
     groups, sofar, largest = [], Work(), 0
     for name, module in decoder.linears(index).items():
         out, columns = linear_shape(module)
-        groups.append(Group((name.removeprefix(prefix),), sofar))
+        groups.append(Group((name.removeprefix(prefix),), sofar, length))
         sofar += Work(products=2.0 * length * out * columns, streamed=4.0 * length * (out + columns))
         largest = max(largest, 4 * length * max(out, columns))
     return BlockForward(tuple(groups), sofar, largest)
@@ -77,6 +82,8 @@ def _traced(decoder: Decoder, length: int) -> list[BlockForward]:
     known: dict[tuple, BlockForward] = {}
     outputs: dict[tuple, Callable] = {}
     keys = [_signature(block) for block in blocks]
+    for experts in experts_of(model).values():
+        experts.tokens_of = functools.partial(_equal_share, len(experts))
     with fake:
         _without_values(model)
         for index, (block, key) in enumerate(zip(blocks, keys, strict=True)):
@@ -85,6 +92,12 @@ def _traced(decoder: Decoder, length: int) -> list[BlockForward]:
         with _AttentionByFormula(counter), counter:
             model(input_ids=torch.zeros(1, length, dtype=torch.int64), use_cache=False)
     return [known[key] for key in keys]
+
+
+def _equal_share(experts: int, index: int, top_k_index: Tensor) -> tuple[Tensor, Tensor]:
+    """In the place of `Experts.tokens_of`: as many tokens as an expert gets if all get the same, whichever."""
+    tokens = torch.arange(math.ceil(top_k_index.numel() / experts))
+    return tokens, torch.zeros_like(tokens)
 
 
 def _signature(block: nn.Module) -> tuple:
@@ -109,27 +122,27 @@ def _recorded(block: nn.Module, key: tuple, linears: list[str], counter: _Counte
         hidden = args[0] if args else kwargs["hidden_states"]
         if key in known:
             return outputs[key](hidden)
-        inputs: list[tuple[tuple, list[str], Work]] = []
+        inputs: list[tuple[tuple, list[str], Work, int]] = []
         held = []
 
         def reached(module: nn.Module, arguments: tuple, name: str) -> None:
             x = arguments[0]
             held.append(x)  # a freed tensor's storage must not pass for another one
             same = (x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride())
-            for storage, names, _ in inputs:
+            for storage, names, *_ in inputs:
                 if storage == same:
                     names.append(name)
                     return
-            inputs.append((same, [name], counter.work))
+            inputs.append((same, [name], counter.work, x.shape[:-1].numel()))
 
         hooks = [block.get_submodule(name).register_forward_pre_hook(lambda m, a, name=name: reached(m, a, name)) for name in linears]
         counter.work, counter.largest = Work(), 0
         output = original(*args, **kwargs)
         for hook in hooks:
             hook.remove()
-        groups = [Group(tuple(names), before) for _, names, before in inputs]
+        groups = [Group(tuple(names), before, tokens) for _, names, before, tokens in inputs]
         found = {name for group in groups for name in group.names}
-        groups += [Group((name,), counter.work) for name in linears if name not in found]
+        groups += [Group((name,), counter.work, 0) for name in linears if name not in found]
         known[key] = BlockForward(tuple(groups), counter.work, counter.largest)
         rest = output[1:] if isinstance(output, tuple) else None
         outputs[key] = (lambda h: h) if rest is None else (lambda h: (h, *rest))

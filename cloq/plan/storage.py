@@ -100,13 +100,12 @@ def peak_memory(
 def _solving(
     spec: RunSpec, decoder: Decoder, chosen: dict[str, LayerSpec], shapes: dict[str, Shape], forwards: list[BlockForward]
 ) -> dict[str, float]:  # fmt: skip
-    at_once = max if spec.sequential and spec.propagate != "dense" else sum
     grams = []
     for index, forward in enumerate(forwards):
         prefix = decoder.block_name(index) + "."
         groups = [[prefix + name for name in group.names if prefix + name in chosen] for group in forward.groups]
-        squares = [4.0 * shapes[names[0]][1] ** 2 for names in groups if names]
-        grams.append(at_once(squares) if squares else 0.0)
+        rounds = decoder.rounds([names for names in groups if names], one_by_one=spec.sequential and spec.propagate != "dense")
+        grams.append(max((sum(4.0 * shapes[names[0]][1] ** 2 for names in together) for together in rounds), default=0.0))
     batch = max(1, spec.batch_tokens // spec.calib.seq_len)
     running = _LIVE * batch * max(forward.largest for forward in forwards)
     return {

@@ -61,6 +61,8 @@ def _load(report: Report) -> str:
     note = "\n`BASE` is the folder of the quantized model that the factors were fitted to.\n" if given else ""
     argument = ', base="BASE"' if given else ""
     tokenizer = '"BASE"' if given else '"model"'
+    if _experts(report):
+        return _load_experts(needs, argument, note)
     return f"""## Load it
 
 `pip install "{needs}"` brings the libraries. In this folder, with transformers and PEFT alone:
@@ -75,6 +77,33 @@ model = PeftModel.from_pretrained(base, "adapter", is_trainable=True)  # without
 ```
 
 The same through cloq: `model = cloq.load("."{argument}, trainable=True)`.
+{note}
+The adapter belongs to this base and its initialization is part of the result: do not reinitialize it, and keep `lora_alpha`
+equal to the rank.
+"""
+
+
+def _experts(report: Report) -> bool:
+    from cloq.experts_apart import names_experts
+
+    return names_experts(report.layers)
+
+
+def _load_experts(needs: str, argument: str, note: str) -> str:
+    """Of a mixture: the plain way would leave the factors of experts aside, and fill in random experts for packed ones."""
+    return f"""## Load it
+
+`pip install "{needs}"` brings the libraries. In this folder:
+
+```python
+import cloq
+
+model = cloq.load("."{argument}, trainable=True)  # a peft.PeftModel, for Trainer, TRL or a loop of your own
+```
+
+Single experts are quantized and have factors. Plain transformers fuses experts into one parameter: it would fill in random ones where these
+are packed, with no more than a warning, and PEFT has fused factors for some families only. `cloq.load` loads the same model through both
+libraries with its experts as layers of their own; `cloq merge` writes base and adapter as one dense model that plain transformers loads.
 {note}
 The adapter belongs to this base and its initialization is part of the result: do not reinitialize it, and keep `lora_alpha`
 equal to the rank.

@@ -142,12 +142,12 @@ def _worst(report: Report) -> str:
 def _repaired(report: Report) -> str:
     heldout = report.mean("heldout_corrected") is not None
     where = "on held-out tokens" if heldout else "on the calibration tokens"
-    negative = " Red: the adapter adds to the error." if any(_share(m, heldout) < 0 for m in report.metrics()) else ""
+    negative = " Red: the adapter adds to the error." if any((_share(m, heldout) or 0) < 0 for m in report.metrics()) else ""
     caption = f'Share of the error repaired {where}: 0 %<span class="ramp"></span>100 %.{negative}'
     return f"<h2>What the adapter repairs</h2>\n{_figure(figures.repaired(report), caption)}"
 
 
-def _share(metrics: Any, heldout: bool) -> float:
+def _share(metrics: Any, heldout: bool) -> float | None:
     if heldout:
         return share_repaired(metrics.heldout_quantized, metrics.heldout_corrected)
     return share_repaired(metrics.error_quantized, metrics.error_corrected)

@@ -164,9 +164,9 @@ class Report:
         return [summary.metrics for summary in self.layers.values()]
 
     def mean(self, key: str) -> float | None:
-        """Plain mean of a metric over all layers; `None` if any layer lacks it."""
-        values = [getattr(m, key) for m in self.metrics()]
-        return None if any(v is None for v in values) else fmean(values)
+        """Plain mean of a metric over the layers that have it, `None` if none has: experts that no held-out token reached lack two."""
+        values = [value for m in self.metrics() if (value := getattr(m, key)) is not None]
+        return fmean(values) if values else None
 
     def repaired(self, heldout: bool = False) -> float | None:
         """Share of the mean error that the factors take away; negative where they add to it."""

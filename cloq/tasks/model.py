@@ -116,18 +116,16 @@ def _name(dtype: torch.dtype) -> str:
 def _packed(base: Path, adapter: Path | None, device: str) -> nn.Module:
     """The real libraries. On a CPU without a C++ compiler GPTQ's kernels need `TORCHDYNAMO_DISABLE=1`."""
     from cloq.check import check_base
-    from cloq.loading import load, require_libraries
+    from cloq.loading import load, load_base, require_libraries
 
     dtype = {"dtype": torch.float32} if torch.device(device).type == "cpu" else {}
     if adapter is not None:
         return load(base, base=base, adapter=adapter, **dtype).to(device)
-    from transformers import AutoModelForCausalLM
-
     require_libraries(base)
     failed = [finding.what for finding in check_base(base) if not finding.ok]
     if failed:  # a missing tensor would abort the process
         raise ModelError(f"{base} cannot be loaded as it is: {failed[0]} (cloq check says more)")
-    return AutoModelForCausalLM.from_pretrained(base, **dtype).to(device)
+    return load_base(base, **dtype).to(device)
 
 
 def _method(base: Path) -> str | None:

@@ -125,7 +125,7 @@ def test_shards_load_as_one_file_does(run, tmp_path, monkeypatch):
 
 def test_experts_stay_as_the_files_had_them(tmp_path):
     """The files hold them one by one, the model fused."""
-    run = finish("mixtral", tmp_path, rtn)
+    run = finish("mixtral", tmp_path, lambda name, weight: None if "experts" in name else rtn(name, weight))
     before, after = (
         load_file(run.decoder.folder / "model.safetensors"),
         load_file(run.export("dense", dtype="float32") / "model.safetensors"),

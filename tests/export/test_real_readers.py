@@ -76,7 +76,7 @@ def test_four_bits_train_after_an_evaluation(tmp_path):
 def test_biases_and_other_families_load(tmp_path):
     """Biases are rounded to float16 by the library, whatever the precision of the rest."""
     for family in ("phi3", "opt", "gpt_neox", "gemma3", "mixtral"):
-        run = finish(family, tmp_path / family, lambda name, weight: Rtn(2, 32).quantize(weight))
+        run = finish(family, tmp_path / family, lambda name, weight: None if "experts" in name else Rtn(2, 32).quantize(weight))
         model = load_plain(run.export("gptq"))
         expected = logits(run.reference(precision=torch.float16))
         assert torch.allclose(logits(model), expected, atol=1e-3 * float(expected.abs().max())), family

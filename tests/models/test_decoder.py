@@ -10,10 +10,7 @@ import torch
 from torch import Tensor
 
 from cloq.calibration import shared_inputs
-from cloq.errors import ModelError, SpecError
 from cloq.models import Checkpoint, Decoder, linear_shape, set_weight
-from cloq.pipeline import plan_layers
-from cloq.specs import run_spec
 from tests.tiny import FAMILIES, MIXTURES, load_plain, save_tiny, tiny_model
 
 SEQUENCES, LENGTH = 5, 20  # longer than the sliding windows of 8; micro-batches of 2, 2 and 1
@@ -226,9 +223,8 @@ def test_shapes_and_counts_need_no_weight(family, tmp_path):
     assert inside + decoder.outer_parameters() == model.num_parameters()
     for index in range(len(decoder.blocks)):
         for name, module in decoder.linears(index).items():
-            real = model.get_submodule(name)
             rows, columns = linear_shape(module)
-            assert real(torch.zeros(1, columns)).shape == (1, rows)
+            assert name in decoder.expert_layers or model.get_submodule(name)(torch.zeros(1, columns)).shape == (1, rows)
     assert decoder.all_linears() == [name for index in range(len(decoder.blocks)) for name in decoder.linears(index)]
     assert decoder.max_positions == 128
 
@@ -258,7 +254,11 @@ SHARED = {
     "opt": [["q_proj", "k_proj", "v_proj"], ["out_proj"], ["fc1"], ["fc2"]],
     "gpt_neox": [["query_key_value"], ["dense"], ["dense_h_to_4h"], ["dense_4h_to_h"]],
     "falcon": [["query_key_value", "dense_h_to_4h"], ["attention.dense"], ["dense_4h_to_h"]],
-    "qwen3_moe": [["q_proj", "k_proj", "v_proj"], ["o_proj"]],
+    "qwen3_moe": [
+        ["q_proj", "k_proj", "v_proj"],
+        ["o_proj"],
+        *([f"experts.{i}.{name}" for name in names] for i in range(4) for names in (("gate_proj", "up_proj"), ("down_proj",))),
+    ],
 }
 
 
@@ -279,30 +279,17 @@ def test_layers_that_share_an_input(family, tokens, tmp_path):
 
 
 @pytest.mark.parametrize("family", MIXTURES)
-def test_fused_experts_are_read_as_from_pretrained_reads_them(family, tmp_path):
+def test_what_is_no_single_expert_is_read_as_from_pretrained_reads_it(family, tmp_path):
+    """Of experts that are taken apart: see test_experts."""
     decoder = Decoder(save_tiny(family, tmp_path))
     model = load_plain(tmp_path)
     last = len(decoder.blocks) - 1
-    fused = decoder.fused_experts(last)
-    assert fused
+    apart = tuple(f"{path}." for path in decoder.experts(last))
     for name, expected in model.state_dict().items():
-        if name.startswith(decoder.block_name(last)):
+        if name.startswith(decoder.block_name(last)) and not name.startswith(apart):
             assert torch.equal(decoder.read(name), expected), name
     one_by_one = any(re.search(r"\.experts\.\d+\.", name) for name in Checkpoint(tmp_path).names)
     assert one_by_one == (family in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "deepseek_v3"))
-
-
-@pytest.mark.parametrize("family", MIXTURES)
-def test_a_mixture_is_refused_unless_the_dense_part_is_named(family, tmp_path):
-    decoder = Decoder(save_tiny(family, tmp_path))
-    with pytest.raises(ModelError, match=r"fuses its experts.*--only"):
-        plan_layers(run_spec(model="m"), decoder)
-    pattern = decoder.all_linears()[-1].rpartition(".")[2]
-    layers = plan_layers(run_spec(model="m", only=(pattern,)), decoder)
-    chosen = [name for name, layer in layers.items() if not layer.dense]
-    assert chosen and all(name.endswith(pattern) for name in chosen)
-    with pytest.raises(SpecError, match="matches no linear layer"):
-        plan_layers(run_spec(model="m", only=("experts.*",)), decoder)
 
 
 ROUTERS = {

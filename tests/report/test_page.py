@@ -120,6 +120,12 @@ def _front_matter(text: str) -> dict:
     return yaml.safe_load(text.split("---\n")[1])
 
 
+def test_the_card_of_a_mixture_does_not_lead_to_random_experts():
+    kinds = {"self_attn.q_proj": (96, 64), "mlp.experts.0.up_proj": (96, 64), "mlp.experts.1.up_proj": (96, 64)}
+    card = model_card(synthetic.report(kinds=kinds))
+    assert "from_pretrained" not in card and 'cloq.load(".", trainable=True)' in card and "random ones" in card
+
+
 def test_the_card_says_what_it_is_and_how_to_load_it():
     report = synthetic.report()
     card = model_card(report)

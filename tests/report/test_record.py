@@ -73,9 +73,11 @@ def test_means_and_share_repaired():
     assert share_repaired(0.0, 0.0) == 0 and share_repaired(0.1, 0.2) == -1 and share_repaired(None, 0.1) is None
 
 
-def test_a_mean_with_a_gap_is_unknown():
-    layers = {"model.layers.0.a": synthetic.layer(0), "model.layers.1.a": synthetic.layer(1, heldout=False)}
-    report = synthetic.report().replace(layers=layers)
+def test_a_mean_is_over_the_layers_that_have_the_metric():
+    first, second = synthetic.layer(0), synthetic.layer(1, heldout=False)
+    report = synthetic.report().replace(layers={"model.layers.0.a": first, "model.layers.1.a": second})
+    assert report.mean("heldout_corrected") == first.metrics.heldout_corrected
+    report = report.replace(layers={"model.layers.1.a": second})
     assert report.mean("heldout_corrected") is None and report.repaired(heldout=True) is None
 
 
