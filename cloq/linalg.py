@@ -42,7 +42,7 @@ class TopEigen(NamedTuple):
 
 
 class DampedCholesky(NamedTuple):
-    """factor: upper triangular `U (in, in)` with `Uᵀ U = (G + λ I)⁻¹`; damping: λ over the mean of `diag(G)`."""
+    """factor: upper triangular `R (in, in)` with `R Rᵀ = G + λ I`; damping: λ over the mean of `diag(G)`."""
 
     factor: Tensor
     damping: float
@@ -185,11 +185,11 @@ def balance(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     return (qb @ (u * root)).to(B.dtype), ((root[:, None] * vt) @ qa.T).to(A.dtype)
 
 
-def inverse_cholesky(gram: Tensor, damping: float, attempts: int = 8) -> DampedCholesky:
-    """Upper triangular `U` with `Uᵀ U = (G + λ I)⁻¹`, `λ = damping · mean(diag G)`, float32 in and out.
+def damped_cholesky(gram: Tensor, damping: float, attempts: int = 8) -> DampedCholesky:
+    """Upper triangular `R` with `R Rᵀ = G + λ I`, `λ = damping · mean(diag G)`, float32 in and out.
 
-    Eq. for GPTQ, arXiv:2210.17323 §3.3 step 3. One Cholesky factorization of the index-reversed matrix and one triangular
-    inverse give it directly (`J G J = L Lᵀ`, `U = J L⁻¹ J`), so no inverse is ever formed and factorized again.
+    The lower factor of the index-reversed matrix, reversed back: `J (G + λ I) J = L Lᵀ`, `R = J L J`. It is the inverse of what GPTQ
+    (arXiv:2210.17323, §3.3 step 3) calls the Cholesky form: `U = R⁻¹` has `Uᵀ U = (G + λ I)⁻¹`.
 
     Where the factorization fails the damping is raised tenfold from at least 1e-4, at most `attempts` times; the damping that
     succeeded is returned and belongs in the report. Raises `ValueError` if none does or the Gram matrix is not finite.
@@ -197,15 +197,14 @@ def inverse_cholesky(gram: Tensor, damping: float, attempts: int = 8) -> DampedC
     if not bool(torch.isfinite(gram).all()):
         raise ValueError("the Gram matrix holds NaN or Inf")
     mean = float(gram.diagonal().mean(dtype=torch.float64))
-    identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
     if mean <= 0:
-        return DampedCholesky(identity, damping)
+        return DampedCholesky(torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device), damping)
     for _ in range(attempts):
-        lower, info = torch.linalg.cholesky_ex((gram + (damping * mean) * identity).flip(0, 1))
+        reversed_ = gram.flip(0, 1)
+        reversed_.diagonal().add_(damping * mean)
+        lower, info = torch.linalg.cholesky_ex(reversed_)
         if int(info) == 0 and bool(torch.isfinite(lower).all()):
-            inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-            if bool(torch.isfinite(inverse).all()):
-                return DampedCholesky(inverse.flip(0, 1), damping)
+            return DampedCholesky(lower.flip(0, 1), damping)
         damping = max(10 * damping, 1e-4)
     raise ValueError(f"Cholesky factorization failed up to a relative damping of {damping / 10:g}; the Gram matrix is not one")
 
