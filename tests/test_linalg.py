@@ -184,6 +184,13 @@ def test_norms_survive_float32(kind):
     assert linalg.relative_error(left, p.weight, p.gram) == linalg.gram_norm2(left, p.gram) / linalg.gram_norm2(p.weight, p.gram)
 
 
+@pytest.mark.parametrize("panel", (1, 30, 72, 500))
+def test_a_norm_by_panels_of_one_triangle(panel, monkeypatch):
+    monkeypatch.setattr(linalg, "NORM_PANEL", panel)
+    p = problem("power law", SHAPES["wide"])
+    assert linalg.gram_norm2(p.weight, p.gram) == pytest.approx(output_error(p.weight, p.gram), rel=1e-6)
+
+
 def test_the_relative_error_of_an_unseen_layer_is_zero():
     assert linalg.relative_error(torch.ones(3, 5), torch.ones(3, 5), torch.zeros(5, 5)) == 0
 
