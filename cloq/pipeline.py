@@ -104,13 +104,14 @@ def _solve_block(
             stats = gram_matrices(_forwards(decoder, index, calibration), linears, firsts)
             unseen = gram_matrices(_forwards(decoder, index, heldout), linears, firsts) if heldout else {}
         for group in together:
+            seen, held = stats.pop(group[0]), unseen.pop(group[0], None)  # gone, with what was found from them, before the next ones
             for name in group:
                 weight = decoder.weight(name, linears[name])
                 base = given.weight(name) if given else None
                 with clock("solve"):
-                    result = solve_layer(weight, stats[group[0]], unseen.get(group[0]), layers[name], spec.lora, base)
-                results[name] = result
-                emit("layer", {"block": index, "name": name, **dataclasses.asdict(result.metrics)})
+                    results[name] = solve_layer(weight, seen, held, layers[name], spec.lora, base)
+                emit("layer", {"block": index, "name": name, **dataclasses.asdict(results[name].metrics)})
+            del seen, held
             with clock("apply"):
                 apply_results({name: results[name] for name in group}, linears, spec.propagate)
     return {name: results[name] for name in linears if name in results}

@@ -58,25 +58,30 @@ class Gptq:
         Raises `ModelError` for values that no grid holds, `ValueError` for a Gram matrix that is not one.
         """
         weight = grid.finite(weight, grid.LARGEST_WEIGHT)
-        weight, gram = _settle_dead_inputs(weight, stats.gram.float())
         columns = weight.shape[1]
-        order = torch.arange(columns, device=weight.device)
-        if self.act_order:
-            order = torch.argsort(stats.gram.diagonal(), descending=True, stable=True)
-            gram = gram[order[:, None], order]
+        factor, damping, order, dead = stats.once((Gptq, self.damping, self.act_order), lambda: self._factorize(stats.gram.float()))
+        weight = weight.masked_fill(dead, 0.0)
         natural = grid.group_index(columns, self.group_size, weight.device)
         index = natural[order] if self.static_groups else natural  # group of each column, in processing order
         fits = None
         if self.static_groups or self.group_size is None:
             fits = [self._fit(weight[:, natural == g]) for g in range(int(natural[-1]) + 1)]
 
-        factor, damping = linalg.damped_cholesky(gram, self.damping)
         codes, fits = self._sweep(weight.T[order].contiguous() if self.act_order else weight.T.contiguous(), factor, index.tolist(), fits)
         scale, zero = (torch.stack(parts, dim=1) for parts in zip(*fits, strict=True))
         if self.act_order:
             back = torch.argsort(order)
             codes, index = codes[back], index[back]
         return QuantizedWeight(codes.T.contiguous(), scale, zero, index, self.bits, self.group_size, self.symmetric, damping)
+
+    def _factorize(self, gram: Tensor) -> tuple[Tensor, float, Tensor, Tensor]:
+        """All that a sweep needs of the Gram matrix: the factor in processing order, its damping, that order, and the dead inputs."""
+        gram, dead = _settle_dead_inputs(gram)
+        order = torch.arange(len(gram), device=gram.device)
+        if self.act_order:
+            order = torch.argsort(gram.diagonal().masked_fill(dead, 0.0), descending=True, stable=True)
+            gram = gram[order[:, None], order]
+        return *linalg.damped_cholesky(gram, self.damping), order, dead
 
     def _fit(self, values: Tensor) -> tuple[Tensor, Tensor]:
         return grid.fit(values, self.bits, self.symmetric, self.search)
@@ -129,12 +134,11 @@ class Gptq:
         return errors
 
 
-def _settle_dead_inputs(weight: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Inputs that are always zero get weight 0 and, for the factorization, the live ones' mean diagonal: no damping changes."""
+def _settle_dead_inputs(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """The Gram matrix with, for inputs that are always zero, the live ones' mean diagonal, so that no damping changes; and which they are."""
     diagonal = gram.diagonal()
     dead = diagonal <= 0
     if not bool(dead.any()):
-        return weight, gram
+        return gram, dead
     mean = diagonal.clamp_min(0).sum() / (~dead).sum().clamp_min(1)
-    gram = torch.where(dead[:, None] | dead, torch.diag(dead * mean), gram)
-    return weight.masked_fill(dead, 0.0), gram
+    return torch.where(dead[:, None] | dead, torch.diag(dead * mean), gram), dead

@@ -220,6 +220,23 @@ def test_little_damping_never_does_worse_than_rounding(kind, damping):
     assert errors[0] <= errors[1]
 
 
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+def test_layers_that_share_statistics_share_the_factorization(order, monkeypatch):
+    """Each comes out as alone; other settings of the order or the damping have their own."""
+    p, other = problem("dead channels", SHAPES["tall"]), problem("dead channels", SHAPES["tall"], seed=1)
+    calls, factorize = [], linalg.damped_cholesky
+    monkeypatch.setattr(linalg, "damped_cholesky", lambda gram, damping: calls.append(damping) or factorize(gram, damping))
+    settings = {"bits": 3, "group_size": 32} | order
+    alone = [Gptq(**settings).quantize(weight, p.stats) for weight in (p.weight, other.weight)]
+    assert len(calls) == 2
+    stats = p.stats
+    together = [Gptq(**settings).quantize(weight, stats) for weight in (p.weight, other.weight)]
+    assert len(calls) == 3
+    for one, two in zip(alone, together, strict=True):
+        assert torch.equal(one.codes, two.codes) and torch.equal(one.scale, two.scale) and torch.equal(one.group_index, two.group_index)
+    assert Gptq(**settings | {"damping": 0.1}).quantize(p.weight, stats).damping == 0.1 and len(calls) == 4
+
+
 def test_a_gram_matrix_with_nan_is_refused():
     p = problem("power law", SHAPES["wide"])
     with pytest.raises(ValueError, match="NaN or Inf"):
