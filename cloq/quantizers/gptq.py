@@ -135,7 +135,7 @@ class Gptq:
 
 
 def _settle_dead_inputs(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """The Gram matrix with the live inputs' mean diagonal for those that are always zero, so that no damping changes; and which they are."""
+    """The Gram matrix with the live inputs' mean diagonal for those that are always zero, so that no damping changes; and those."""
     diagonal = gram.diagonal()
     dead = diagonal <= 0
     if not bool(dead.any()):
