@@ -8,6 +8,9 @@ good as any other. This is the optimum of CLoQ, arXiv:2501.18475, Theorem 3.1, r
 Σ^{1/2} Uᵀ` from an eigendecomposition of `G`, an SVD of `R Eᵀ`, and `R⁻¹`.
 
 `M` is never formed for large layers: block Lanczos needs only products with `E` and `G`.
+
+**Precision.** A float32 `E` is solved in float32, which loses nothing as long as what remains is not a small part of large sums; that is
+measured (`_float32_holds`), and where it fails all is done again in float64. An `E` in float64 is solved in float64.
 """
 
 from __future__ import annotations
@@ -18,10 +21,22 @@ import torch
 from torch import Tensor
 
 EXACT_BELOW = 128
-"""Layers whose smaller side is at most this are solved by a dense float64 eigendecomposition: nothing is gained by iterating."""
+"""Layers whose smaller side is at most this are solved by a dense eigendecomposition: nothing is gained by iterating."""
 
 EXACT_SHARE = 0.1
 """So are ranks of more than this share of the smaller side: the iteration would build a basis that is as large as the problem."""
+
+FLOAT32_SHARE = 1e-2
+"""Of the whole, that what remains must hold for float32: its products are good to about 1e-6 of the whole, so what remains to 1e-4."""
+
+FLOAT32_TOLERANCE = 3e-4
+"""Of what remains, that float32's rounding of `E G` may be worth at most."""
+
+PROBES = 8
+"""Rows of `E G` that are computed in float64 as well, to see how far off float32's are."""
+
+WIDENED = 1 << 16
+"""Values that are widened to float64 at a time for those."""
 
 KRYLOV_TOLERANCE = 1e-4
 """The iteration stops when all blocks that could follow would lower the remaining error by less than this fraction of it."""
@@ -29,34 +44,55 @@ KRYLOV_TOLERANCE = 1e-4
 KRYLOV_MAX_BLOCKS = 8
 """The largest Krylov basis, in blocks of rank + oversampling vectors, before it restarts from its best vectors. At least 4."""
 
+NORM_PANEL = 192
+"""Columns that `gram_norm2` takes at a time; from 96 to 288 there is no difference."""
+
 GRAM_PANEL = 2048
 """Columns of the Gram matrix that are widened to float64 at a time: a large one is never held twice."""
 
 
 class TopEigen(NamedTuple):
-    """vectors: `(out, r)`, orthonormal. values: `(r,)`, descending, float64. trace: sum of all eigenvalues."""
+    """vectors: `(out, r)`, orthonormal, float64. values: `(r,)`, descending, float64. trace: sum of all eigenvalues.
+
+    slack: what the rounding of `E G` may have added to or taken from any sum of eigenvalues, 0 in float64.
+    """
 
     vectors: Tensor
     values: Tensor
     trace: float
+    slack: float = 0.0
 
 
 class DampedCholesky(NamedTuple):
-    """factor: upper triangular `U (in, in)` with `Uᵀ U = (G + λ I)⁻¹`; damping: λ over the mean of `diag(G)`."""
+    """factor: upper triangular `R (in, in)` with `R Rᵀ = G + λ I`; damping: λ over the mean of `diag(G)`."""
 
     factor: Tensor
     damping: float
 
 
 def gram_norm2(matrix: Tensor, gram: Tensor) -> float:
-    """`‖X S‖_F² = trace(X G Xᵀ)` for `X (out, in)`, `G = S Sᵀ (in, in)`; the sum is taken in float64."""
-    return max(0.0, float(((matrix @ gram.to(matrix.dtype)) * matrix).sum(dtype=torch.float64)))
+    """`‖X S‖_F² = trace(X G Xᵀ)` for `X (out, in)`, `G = S Sᵀ (in, in)`; the last sum is taken in float64.
+
+    By panels of columns, and since `G` is symmetric only with its upper triangle: little more than half the operations of `X G`.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=matrix.device)
+    for start in range(0, matrix.shape[1], NORM_PANEL):
+        here = slice(start, start + NORM_PANEL)
+        weighted = matrix[:, here] @ gram[here, here].to(matrix.dtype)
+        if start:
+            weighted.addmm_(matrix[:, :start], gram[:start, here].to(matrix.dtype), alpha=2.0)
+        total += weighted.mul_(matrix[:, here]).sum(dtype=torch.float64)
+    return max(0.0, float(total))
 
 
 def relative_error(error: Tensor, weight: Tensor, gram: Tensor) -> float:
     """`‖E S‖² / ‖W S‖²`; 0 where both vanish, as for a layer that never saw a non-zero input."""
-    reference = gram_norm2(weight, gram)
-    return gram_norm2(error, gram) / reference if reference > 0 else 0.0
+    return share(gram_norm2(error, gram), gram_norm2(weight, gram))
+
+
+def share(part: float, whole: float) -> float:
+    """`part / whole`, 0 of nothing."""
+    return part / whole if whole > 0 else 0.0
 
 
 def check_rank(rank: int, shape: tuple[int, int]) -> None:
@@ -71,75 +107,129 @@ def top_eigenvectors(error: Tensor, gram: Tensor | None, rank: int) -> TopEigen:
     gram: `(in, in)`; `(in,)` for a diagonal; `None` for the identity, where the result are the left singular vectors of `E`.
     rank: raises `ValueError` above `min(out, in)`, see `check_rank`.
 
-    Small layers and large ranks are solved exactly in float64. Otherwise the iteration multiplies in float64 on the CPU and
-    on devices that have it, in float32 elsewhere.
+    Small layers and large ranks are solved exactly, others by iteration; either within a thousandth of what the optimum leaves. A float64
+    error and small layers are solved in float64, others in float32 where that suffices, and always where the device has no float64.
     """
     check_rank(rank, error.shape)
     small = min(error.shape)
-    if small <= EXACT_BELOW or rank > EXACT_SHARE * small:
-        return _top_eigenvectors_exact(error, gram, rank)
-    return _top_eigenvectors_krylov(error, gram, rank)
+    exactly = small <= EXACT_BELOW or rank > EXACT_SHARE * small
+    solve = _top_eigenvectors_exact if exactly else _top_eigenvectors_krylov
+    if error.dtype != torch.float64 and (small > EXACT_BELOW or error.device.type == "mps"):
+        found = solve(error.float(), gram, rank)
+        if error.device.type == "mps" or _float32_holds(found, rank < small):
+            return found
+    return solve(error.double(), gram, rank)
+
+
+def _float32_holds(found: TopEigen, rest: bool) -> bool:
+    """Whether a float32 solution's `trace − Σ values` is large enough to be known. rest: something remains, whatever the numbers say."""
+    remaining = found.trace - float(found.values.sum())
+    return found.trace == 0 or (rest and remaining >= FLOAT32_SHARE * found.trace and found.slack <= FLOAT32_TOLERANCE * remaining)
+
+
+def _known_share(error: Tensor) -> float:
+    """The smallest share of the whole that is worth resolving in the dtype of `E`."""
+    if error.dtype == torch.float64:
+        return 1e-12
+    return 1e-6 if error.device.type == "mps" else FLOAT32_SHARE
 
 
 def _times_gram(matrix: Tensor, gram: Tensor | None) -> Tensor:
-    """`X G` for `X (rows, in)` and the three forms of `G`."""
+    """`X G` for `X (rows, in)` and the three forms of `G`, in the dtype of `X`."""
     if gram is None:
         return matrix
     if gram.ndim == 1:
         return matrix * gram.to(matrix.dtype)
+    if gram.dtype == matrix.dtype:
+        return matrix @ gram
     panels = (gram[:, start : start + GRAM_PANEL] for start in range(0, gram.shape[1], GRAM_PANEL))
     return torch.cat([matrix @ panel.to(matrix.dtype) for panel in panels], dim=1)
 
 
+def _rounding_slack(error: Tensor, weighted: Tensor, gram: Tensor | None) -> float:
+    """A bound of what rounding in `Y = E G` does to any sum of eigenvalues of `Y Eᵀ`: `‖ΔY‖ ‖E‖`.
+
+    `‖ΔY‖` is taken to be the share of `‖E‖` that it is in the largest rows of `E`, whose products are repeated in float64.
+    """
+    if gram is None or error.dtype == torch.float64 or error.device.type == "mps":
+        return 0.0
+    norms = torch.linalg.vector_norm(error, dim=1)
+    rows = norms.topk(min(PROBES, len(norms))).indices
+    exact = error[rows].double()
+    off = (_times_wide(exact, gram) if gram.ndim == 2 else exact * gram) - weighted[rows]
+    largest = float(exact.norm())
+    return float(off.norm()) / largest * float(norms.square().sum(dtype=torch.float64)) if largest else 0.0
+
+
+def _times_wide(few: Tensor, matrix: Tensor) -> Tensor:
+    """`X M` in the dtype of `X (few, rows)`; the matrix is widened panel by panel, each small enough for a core's own cache."""
+    step = max(16, WIDENED // matrix.shape[1])
+    panels = range(0, matrix.shape[0], step)
+    return sum(few[:, start : start + step] @ matrix[start : start + step].to(few.dtype) for start in panels)
+
+
 def _top_eigenvectors_exact(error: Tensor, gram: Tensor | None, rank: int) -> TopEigen:
-    error = _wide(error)
     basis = None
+    weighted = _times_gram(error, gram)
+    slack = _rounding_slack(error, weighted, gram)
     if error.shape[0] > error.shape[1]:  # E = basis · R, and M = basis (R G Rᵀ) basisᵀ has its whole range there
         basis, error = torch.linalg.qr(error)
-    values, vectors = torch.linalg.eigh(_symmetric(_times_gram(error, gram) @ error.T))
+        weighted = basis.T @ weighted
+    values, vectors = torch.linalg.eigh(_symmetric(weighted @ error.T))
     vectors = vectors.flip(1)[:, :rank]
-    top = values.flip(0)[:rank].clamp_min(0)
-    return TopEigen(vectors if basis is None else basis @ vectors, top, float(values.sum(dtype=torch.float64)))
+    trace = float(values.sum(dtype=torch.float64))
+    vectors, top = _rayleigh_ritz(vectors, weighted, error)
+    return TopEigen(vectors if basis is None else basis.to(vectors.dtype) @ vectors, top, trace, slack)
 
 
 def _top_eigenvectors_krylov(error: Tensor, gram: Tensor | None, rank: int) -> TopEigen:
     """Block Lanczos with full reorthogonalization and Rayleigh-Ritz; restarts from the best vectors when the basis is full.
 
     `E G` is formed once, since the trace needs it; one step then costs `4 k · out · in` operations for `k = rank +
-    oversampling` vectors. The starting block is a fixed pseudo-random one, so that equal inputs give equal factors. Five to
-    ten blocks are usual.
+    oversampling` vectors. The starting block is a fixed pseudo-random one, so that equal inputs give equal factors. Four to
+    seven blocks are usual.
     """
-    error = _wide(error)
     weighted = _times_gram(error, gram)
-
-    def times_m(vectors: Tensor) -> Tensor:
-        return weighted @ (error.T @ vectors)
-
+    slack = _rounding_slack(error, weighted, gram)
     trace = float((weighted * error).sum(dtype=torch.float64))
+    unknown = max(_known_share(error) * trace, slack / FLOAT32_TOLERANCE)  # less than this remains: float64 is needed, or all is done
     width = min(rank + max(8, rank // 8), *error.shape)
     out = error.shape[0]
     most = min(KRYLOV_MAX_BLOCKS * width, out)
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(error.shape[1], width, generator=generator, dtype=torch.float32).to(error)
     block = torch.linalg.qr(weighted @ start).Q  # one multiplication ahead of a random block in the output space
-    basis, images = block, times_m(block)
+    basis, images = block, weighted @ (error.T @ block)
+    core = _symmetric(basis.T @ images)
     energy, gain = 0.0, 0.0
     while True:
-        values, rotation = torch.linalg.eigh(_symmetric(basis.T @ images))
-        values, rotation = values.flip(0), rotation.flip(1)
-        top = values[:rank].clamp_min(0)
+        values, rotation = torch.linalg.eigh(core)
+        top = values[-rank:].clamp_min(0)
         previous, gain, energy = gain, float(top.sum(dtype=torch.float64)) - energy, float(top.sum(dtype=torch.float64))
         remaining = max(trace - energy, 0.0)
-        converged = remaining <= 1e-12 * trace or basis.shape[1] == out
+        converged = remaining <= unknown or basis.shape[1] == out
         if not converged and basis.shape[1] >= 3 * width:  # the gains at the start, and after a restart, say little
             converged = _still_to_gain(gain, previous) <= KRYLOV_TOLERANCE * remaining
         if converged:
-            return TopEigen(basis @ rotation[:, :rank], top, trace)
+            vectors, values = _rayleigh_ritz(basis @ rotation[:, -rank:], weighted, error)
+            return TopEigen(vectors, values, trace, slack)
         block = images[:, -width:]
         if basis.shape[1] == most:
-            basis, images = basis @ rotation[:, :width], images @ rotation[:, :width]
+            best = rotation[:, -width:]
+            basis, images, core = basis @ best, images @ best, torch.diag(values[-width:])
         block = _orthonormal_complement(block[:, : most - basis.shape[1]], basis)
-        basis, images = torch.cat([basis, block], dim=1), torch.cat([images, times_m(block)], dim=1)
+        image = weighted @ (error.T @ block)
+        side = basis.T @ image
+        core = torch.cat([torch.cat([core, side], dim=1), torch.cat([side.T, _symmetric(block.T @ image)], dim=1)])
+        basis, images = torch.cat([basis, block], dim=1), torch.cat([images, image], dim=1)
+
+
+def _rayleigh_ritz(vectors: Tensor, weighted: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+    """The space of `vectors (out, r)` as eigenvectors of `M = Y Eᵀ` within it, and their values, descending. Orthonormal to float64."""
+    vectors = torch.linalg.qr(_wide(vectors)).Q
+    left, right = (_wide(vectors.to(matrix.dtype).T @ matrix) for matrix in (weighted, error))
+    values, rotation = torch.linalg.eigh(_symmetric(left @ right.T))
+    return vectors @ rotation.flip(1), values.flip(0).clamp_min(0)
 
 
 def _still_to_gain(gain: float, previous: float) -> float:
@@ -171,8 +261,9 @@ def low_rank(error: Tensor, gram: Tensor | None, rank: int) -> tuple[Tensor, Ten
 
     gram: in one of the forms that `top_eigenvectors` takes; `None` gives the truncated SVD.
     """
+    error = error if error.dtype == torch.float64 else error.float()
     vectors = top_eigenvectors(error, gram, rank).vectors
-    B, A = balance(vectors, vectors.T @ error.to(vectors.dtype))
+    B, A = balance(vectors, vectors.to(error.dtype).T @ error)
     return B.to(error.dtype), A.to(error.dtype)
 
 
@@ -199,11 +290,11 @@ def deflate(gram: Tensor, rows: Tensor, kept: float = 0.0) -> Tensor:
     return _symmetric(torch.addmm(gram, directions.T, directions, alpha=kept - 1.0))
 
 
-def inverse_cholesky(gram: Tensor, damping: float, attempts: int = 8) -> DampedCholesky:
-    """Upper triangular `U` with `Uᵀ U = (G + λ I)⁻¹`, `λ = damping · mean(diag G)`, float32 in and out.
+def damped_cholesky(gram: Tensor, damping: float, attempts: int = 8) -> DampedCholesky:
+    """Upper triangular `R` with `R Rᵀ = G + λ I`, `λ = damping · mean(diag G)`, float32 in and out.
 
-    Eq. for GPTQ, arXiv:2210.17323 §3.3 step 3. One Cholesky factorization of the index-reversed matrix and one triangular
-    inverse give it directly (`J G J = L Lᵀ`, `U = J L⁻¹ J`), so no inverse is ever formed and factorized again.
+    The lower factor of the index-reversed matrix, reversed back: `J (G + λ I) J = L Lᵀ`, `R = J L J`. It is the inverse of what GPTQ
+    (arXiv:2210.17323, §3.3 step 3) calls the Cholesky form: `U = R⁻¹` has `Uᵀ U = (G + λ I)⁻¹`.
 
     Where the factorization fails the damping is raised tenfold from at least 1e-4, at most `attempts` times; the damping that
     succeeded is returned and belongs in the report. Raises `ValueError` if none does or the Gram matrix is not finite.
@@ -211,15 +302,14 @@ def inverse_cholesky(gram: Tensor, damping: float, attempts: int = 8) -> DampedC
     if not bool(torch.isfinite(gram).all()):
         raise ValueError("the Gram matrix holds NaN or Inf")
     mean = float(gram.diagonal().mean(dtype=torch.float64))
-    identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
     if mean <= 0:
-        return DampedCholesky(identity, damping)
+        return DampedCholesky(torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device), damping)
     for _ in range(attempts):
-        lower, info = torch.linalg.cholesky_ex((gram + (damping * mean) * identity).flip(0, 1))
+        reversed_ = gram.flip(0, 1)
+        reversed_.diagonal().add_(damping * mean)
+        lower, info = torch.linalg.cholesky_ex(reversed_)
         if int(info) == 0 and bool(torch.isfinite(lower).all()):
-            inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-            if bool(torch.isfinite(inverse).all()):
-                return DampedCholesky(inverse.flip(0, 1), damping)
+            return DampedCholesky(lower.flip(0, 1), damping)
         damping = max(10 * damping, 1e-4)
     raise ValueError(f"Cholesky factorization failed up to a relative damping of {damping / 10:g}; the Gram matrix is not one")
 

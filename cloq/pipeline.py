@@ -111,13 +111,14 @@ def _solve_block(
             stats |= _topped_up(decoder, index, linears, calibration, stats)
             unseen = gram_matrices(_forwards(decoder, index, heldout), linears, firsts) if heldout else {}
         for group in together:
+            seen, held = stats.pop(group[0]), unseen.pop(group[0], None)  # gone, with what was found from them, before the next ones
             for name in group:
                 weight = decoder.weight(name, linears[name])
                 base = given.weight(name) if given else None
                 with clock("solve"):
-                    result = solve_layer(weight, stats[group[0]], unseen.get(group[0]), layers[name], spec.lora, base)
-                results[name] = result
-                emit("layer", {"block": index, "name": name, **dataclasses.asdict(result.metrics)})
+                    results[name] = solve_layer(weight, seen, held, layers[name], spec.lora, base)
+                emit("layer", {"block": index, "name": name, **dataclasses.asdict(results[name].metrics)})
+            del seen, held
             with clock("apply"):
                 apply_results({name: results[name] for name in group}, linears, spec.propagate)
     return {name: results[name] for name in linears if name in results}
@@ -176,23 +177,31 @@ def solve_layer(
     corrected = residual - factors.delta()
     if not bool(torch.isfinite(corrected).all()):
         raise ModelError(f"a layer of shape {tuple(weight.shape)} came out of quantization with NaN or Inf")
+    before, after, total = _errors(weight, residual, corrected, stats.gram)
+    heldout = _errors(weight, residual, corrected, unseen.gram) if unseen else (None, None)
     return LayerResult(
         quantized,
         factors,
         LayerMetrics(
-            error_quantized=linalg.relative_error(residual, weight, stats.gram),
-            error_corrected=linalg.relative_error(corrected, weight, stats.gram),
-            heldout_quantized=linalg.relative_error(residual, weight, unseen.gram) if unseen else None,
-            heldout_corrected=linalg.relative_error(corrected, weight, unseen.gram) if unseen else None,
+            error_quantized=before,
+            error_corrected=after,
+            heldout_quantized=heldout[0],
+            heldout_corrected=heldout[1],
             n_tokens=stats.n_tokens,
             damping=quantized.damping,
             seconds=seconds,
             rank=rank,
             bits_per_weight=quantized.storage_bits() / weight.numel(),
-            spectrum=_spectrum(factors, stats.gram, linalg.gram_norm2(residual, stats.gram)),
+            spectrum=_spectrum(factors, stats.gram, total),
             notes=tuple(notes),
         ),
     )
+
+
+def _errors(weight: Tensor, residual: Tensor, corrected: Tensor, gram: Tensor) -> tuple[float, float, float]:
+    """Relative errors of `Q` and of `Q + B A`, and `‖(W − Q) S‖²`, from one norm of each matrix."""
+    whole, before, after = (linalg.gram_norm2(matrix, gram) for matrix in (weight, residual, corrected))
+    return linalg.share(before, whole), linalg.share(after, whole), before
 
 
 def _spectrum(factors: LoraFactors, gram: Tensor, total: float) -> tuple[float, ...]:

@@ -8,9 +8,9 @@ All of these are immutable by convention: no function in cloq writes into a tens
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -30,6 +30,16 @@ class LayerStats:
     gram: Tensor
     n_tokens: int
     borrowed: int = 0
+    _found: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def once(self, key: Hashable, find: Callable[[], Any]) -> Any:
+        """`find()`, which must follow from the Gram matrix and `key` alone: found on the first call, and kept as long as the statistics.
+
+        Layers that share an input share their statistics, and so what is found here.
+        """
+        if key not in self._found:
+            self._found[key] = find()
+        return self._found[key]
 
     def __add__(self, other: LayerStats) -> LayerStats:
         if self.gram.shape != other.gram.shape:

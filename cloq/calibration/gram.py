@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from cloq.errors import ModelError
 from cloq.types import LayerStats
 
+PANEL = 256
+"""Columns of a Gram matrix that are added to in one product."""
+
 
 class _Enough(Exception):
     """Raised inside a forward once the last wanted input has been seen: what follows in the block need not be computed."""
@@ -42,7 +45,7 @@ def gram_matrices(runs: Iterable[Callable[[], object]], linears: dict[str, nn.Mo
     """`Σ x xᵀ` over all forwards, for one representative layer of each group in `names`.
 
     Every run is one forward of the block on one micro-batch; it is stopped as soon as the inputs of all `names` have been seen.
-    Sums are float32 whatever the type of the activations (TF32 off), one product per micro-batch. A layer that saw nothing has a
+    Sums are float32 whatever the type of the activations (TF32 off), and exactly symmetric. A layer that saw nothing has a
     zero matrix and `n_tokens` 0. Raises `ModelError` for a layer that runs twice in one forward, and for activations that are NaN
     or Inf.
     """
@@ -56,7 +59,7 @@ def gram_matrices(runs: Iterable[Callable[[], object]], linears: dict[str, nn.Mo
         if name not in sums:
             sums[name] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
         with _full_precision():
-            sums[name].addmm_(rows.T, rows)
+            _add_upper_triangle(sums[name], rows)
         tokens[name] += rows.shape[0]
         if len(reached) == len(names):
             raise _Enough
@@ -71,6 +74,8 @@ def gram_matrices(runs: Iterable[Callable[[], object]], linears: dict[str, nn.Mo
             raise ModelError(
                 f"the inputs of {name} hold NaN, Inf or values beyond float32 on the calibration text; the model itself overflows"
             )
+    for gram in sums.values():
+        _mirror(gram)
     return {name: LayerStats(sums[name], tokens[name]) if name in sums else _nothing_seen(linears[name]) for name in names}
 
 
@@ -89,6 +94,21 @@ def topped_up(own: LayerStats, others: LayerStats, least: int) -> LayerStats:
     square = others.gram.diagonal().mean() / others.n_tokens
     pool = others.gram + absent * square * torch.eye(len(others.gram), device=others.gram.device)
     return LayerStats(own.gram + pool * (missing / (others.n_tokens + absent)), own.n_tokens, missing)
+
+
+def _add_upper_triangle(gram: Tensor, rows: Tensor) -> None:
+    """Adds `rowsᵀ rows` to the panels of `gram (in, in)` that lie on or right of the diagonal: little more than half the operations."""
+    for start in range(0, rows.shape[1], PANEL):
+        gram[start : start + PANEL, start:].addmm_(rows[:, start : start + PANEL].T, rows[:, start:])
+
+
+def _mirror(gram: Tensor) -> None:
+    """Copies what lies above the diagonal to below it, in place, panel by panel: exactly symmetric, and no second matrix."""
+    for start in range(0, len(gram), PANEL):
+        panel = gram[start : start + PANEL]
+        square = panel[:, start : start + PANEL]
+        square.copy_(square.triu() + square.triu(1).T)
+        gram[start + PANEL :, start : start + PANEL] = panel[:, start + PANEL :].T
 
 
 def _once(name: str, reached: set[str]) -> None:

@@ -53,8 +53,9 @@ def closed_form(error: Tensor, gram: Tensor, rank: int, split: str = "paper") ->
     if not (bool(torch.isfinite(error).all()) and bool(torch.isfinite(gram).all())):
         raise ValueError("closed_form was given NaN or Inf")
     rank = min(rank, *error.shape)
-    vectors, values, total = linalg.top_eigenvectors(error, gram, rank)
-    B, A = vectors, vectors.T @ error.to(vectors.dtype)
+    error = error if error.dtype == torch.float64 else error.float()
+    vectors, values, total, _ = linalg.top_eigenvectors(error, gram, rank)
+    B, A = vectors, vectors.to(error.dtype).T @ error
     if split == "balanced":
         B, A = linalg.balance(B, A)
     remaining = 0.0 if rank == min(error.shape) else max(total - float(values.sum()), 0.0)

@@ -35,7 +35,7 @@ class Eora:
         quantized = quantize(weight, stats)
         root, inverse = _root_and_inverse(stats.gram)
         projected = (weight - quantized.dequantize()).to(root.dtype) @ root
-        P, energies, _ = linalg.top_eigenvectors(projected, None, rank)
+        P, energies, *_ = linalg.top_eigenvectors(projected, None, rank)
         share = energies.to(root.dtype).sqrt().sqrt()  # σ^{1/2}
         # a direction that holds no error at all gets zeros in both factors rather than 0/0
         undo = torch.where(share > 1e-8 * share[0], 1 / share, torch.zeros_like(share))

@@ -157,6 +157,7 @@ def _phases(
     sequences, tokens = calib.samples + calib.heldout_samples, (calib.samples + calib.heldout_samples) * calib.seq_len
     phases = {name: Work() for name in ("embed", "load", "capture", "solve", "apply", "store", "propagate", "export")}
     phases["embed"] = Work(disk=3 * sizes.outer, streamed=8.0 * tokens * storage.width(decoder))
+    last = max(index for index in range(len(forwards)) if any(name in chosen for name in decoder.linears(index)))
     for index, forward in enumerate(forwards):
         prefix = decoder.block_name(index) + "."
         group_of = {prefix + name: group for group in forward.groups for name in group.names}
@@ -172,7 +173,7 @@ def _phases(
                     phases["solve"] += algebra.solve(shapes[name], layer.quant, spec.lora, rank, calib.heldout_samples > 0, given)
                     phases["apply"] += algebra.apply(shapes[name], rank) if spec.propagate != "dense" else Work()
         phases["load"] += Work(disk=sizes.element * decoder.block_parameters(index), streamed=6.0 * decoder.block_parameters(index))
-        if index + 1 < len(forwards):
+        if index < last:
             phases["propagate"] += sequences * forward.whole
     phases["store"] = Work(disk=sizes.store)
     phases["export"] = Work(disk=sizes.original + sizes.store + sizes.base + sizes.adapter)

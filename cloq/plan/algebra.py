@@ -7,21 +7,22 @@ times of that routine on one core (GPTQ, eigendecomposition, MagR's prox) and ar
 from __future__ import annotations
 
 from cloq import linalg
+from cloq.calibration.gram import PANEL
 from cloq.plan.work import Work
 from cloq.quantizers.descent import BLOCK as DESCENT_BLOCK
-from cloq.quantizers.gptq import BLOCK
+from cloq.quantizers.gptq import BLOCK, INNER
 from cloq.quantizers.magr import Magr
 from cloq.specs import LoraSpec, QuantSpec
 
 Shape = tuple[int, int]
 
-_CALLS_PER_COLUMN = 30
-_CHOLESKY = 4.0  # n³: factorization and inverse need 4/3 n³, at a third of the speed of a product
+_CALLS_PER_COLUMN = 12
+_CHOLESKY = 0.7  # n³: the factorization needs a third, at half the speed of a product
 _EIGEN = 9.0  # n³
 _QR = 4.0  # out · in²: the triangle and the basis need 4, minus what the smaller square saves
-_SEARCH_BYTES = 13 * 300  # for each weight: thirteen ranges, each coded, decoded and compared
+_SEARCH_BYTES = 13 * 60  # for each weight: thirteen ranges, each rounded to and compared
 _PROX_BYTES = 1300  # for each weight and step: some six rounds of Newton's iteration
-_KRYLOV_BLOCKS = 8
+_KRYLOV_BLOCKS = 6
 
 
 def solve(shape: Shape, quant: QuantSpec, lora: LoraSpec, rank: int, heldout: bool, given: bool = False) -> Work:
@@ -44,11 +45,11 @@ def quantize(shape: Shape, quant: QuantSpec) -> Work:
 
 
 def gptq(shape: Shape) -> Work:
-    """`in` columns one by one, each moving the rest of its block; every block moves the rest of the weight in one product."""
+    """`in` columns one by one, each moving the next few; products bring every block up to date with all columns before it."""
     out, columns = shape
     return Work(
-        products=_CHOLESKY * columns**3 + float(out) * columns**2,
-        cached=24.0 * out * columns * BLOCK / 2,
+        products=_CHOLESKY * columns**3 + float(out) * columns * (columns + 2 * BLOCK),
+        cached=24.0 * out * columns * INNER / 2 + 40.0 * out * columns,
         calls=float(_CALLS_PER_COLUMN) * columns,
     )
 
@@ -65,7 +66,7 @@ def fit(shape: Shape, init: str, rank: int) -> Work:
     if init == "zero":
         return Work()
     roots = Work(wide=_EIGEN * columns**3 + 2.0 * (out + rank) * columns**2) if init == "eora" else Work()
-    return roots + top_eigenvectors(shape, rank, whole_gram=init == "cloq")
+    return roots + top_eigenvectors(shape, rank, whole_gram=init == "cloq", wide=init == "eora")
 
 
 def for_the_factors(shape: Shape, rank: int) -> Work:
@@ -78,33 +79,37 @@ def for_the_factors(shape: Shape, rank: int) -> Work:
     )
 
 
-def top_eigenvectors(shape: Shape, rank: int, whole_gram: bool) -> Work:
-    """`linalg.top_eigenvectors`, which picks the exact route or block Lanczos by the same rule."""
+def top_eigenvectors(shape: Shape, rank: int, whole_gram: bool, wide: bool = False) -> Work:
+    """`linalg.top_eigenvectors`, which picks route and precision (float32 for large layers, unless `wide`) by the same rules."""
     out, columns = shape
     small = min(shape)
-    weigh = 2.0 * columns**2 if whole_gram else 0.0  # for each row of the error
-    last = 2.0 * rank * out * columns
+    weigh = 2.0 * out * columns**2 if whole_gram else 0.0
+    last = 6.0 * rank * out * columns  # two projections for the Rayleigh quotients, and the factor A
     if small <= linalg.EXACT_BELOW or rank > linalg.EXACT_SHARE * small:
-        tall = _QR * out * columns**2 if out > columns else 0.0  # a QR first
-        return Work(wide=tall + weigh * small + 2.0 * small**2 * columns + _EIGEN * small**3 + last, calls=50)
-    width = rank + max(8, rank // 8)
-    steps = _KRYLOV_BLOCKS * (4.0 * width * out * columns)
-    orthogonal = 4.0 * out * width**2 * _KRYLOV_BLOCKS * (_KRYLOV_BLOCKS + 1)
-    rayleigh = _EIGEN * width**3 * sum(k**3 for k in range(1, _KRYLOV_BLOCKS + 1))
-    return Work(wide=weigh * out + steps + orthogonal + rayleigh + last, calls=50.0 * _KRYLOV_BLOCKS)
+        tall = (_QR + 2.0) * out * columns**2 if out > columns else 0.0  # a QR first
+        operations, calls = weigh + tall + 2.0 * small**2 * columns + _EIGEN * small**3 + last + 4.0 * rank**2 * small, 50.0
+    else:
+        width = rank + max(8, rank // 8)
+        steps = _KRYLOV_BLOCKS * (4.0 * width * out * columns)
+        orthogonal = 5.0 * out * width**2 * _KRYLOV_BLOCKS * (_KRYLOV_BLOCKS + 1)
+        rayleigh = _EIGEN * width**3 * sum(k**3 for k in range(1, _KRYLOV_BLOCKS + 1))
+        operations, calls = weigh + steps + orthogonal + rayleigh + last, 50.0 * _KRYLOV_BLOCKS
+    return Work(calls=calls, **{"wide" if wide or small <= linalg.EXACT_BELOW else "products": operations})
 
 
 def errors(shape: Shape, rank: int, heldout: bool) -> Work:
-    """Relative errors before and after, on one or two sets of tokens, each with the norm of the weight; and the spectrum."""
+    """Norms of the weight, the error and what is left of it, on one or two sets of tokens, each by one triangle of the Gram matrix; and
+    the spectrum."""
     out, columns = shape
-    norms = 2 * 2 * (2 if heldout else 1) + 1
-    products = norms * 2.0 * out * columns**2 + 2.0 * rank * columns**2 + 4.0 * out * columns * rank
+    norms = 3 * (2 if heldout else 1)
+    triangle = float(out) * columns * (columns + min(linalg.NORM_PANEL, columns))
+    products = norms * triangle + 2.0 * rank * columns**2 + 4.0 * out * columns * rank
     return Work(products=products, streamed=(norms + 6) * 12.0 * out * columns, wide=_EIGEN * rank**3, calls=100)
 
 
 def gram(columns: int, tokens: int) -> Work:
-    """`Σ x xᵀ` over tokens: a product, and the sum into the matrix for every micro-batch."""
-    return Work(products=2.0 * tokens * columns**2)
+    """`Σ x xᵀ` over tokens, one triangle of it, by panels."""
+    return Work(products=float(tokens) * columns * (columns + min(PANEL, columns)))
 
 
 def apply(shape: Shape, rank: int) -> Work:

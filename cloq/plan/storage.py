@@ -116,7 +116,7 @@ def _solving(
 
 
 def _solving_layer(shape: Shape) -> float:
-    """Temporaries of the largest step of a layer: GPTQ holds four more `(in, in)` matrices, the factors' solve three `(out, in)`
-    ones in float64; a few float32 copies of the weight live beside either."""
+    """Temporaries of the largest step of a layer: GPTQ's factor, which stays, and two more matrices while it is found; the factors' solve
+    three `(out, in)` ones, in float64 at worst; a few float32 copies of the weight live beside either."""
     out, columns = shape
-    return 24.0 * out * columns + max(4 * 4.0 * columns**2, 3 * 8.0 * out * columns)
+    return 24.0 * out * columns + 4.0 * columns**2 + max(2 * 4.0 * columns**2, 3 * 8.0 * out * columns)

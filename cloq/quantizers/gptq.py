@@ -3,9 +3,15 @@
 Frantar et al., arXiv:2210.17323, Algorithm 1. With `H = G + λI` and `Uᵀ U = H⁻¹`, `U` upper triangular, quantizing column i
 to `q` moves the later columns by `−(w_i − q) U[i, i+1:] / U[i, i]`, which is the least-squares answer to the error just made.
 
-Departures from the paper: the factor comes from one Cholesky factorization of the reversed matrix
-(`linalg.inverse_cholesky`); the work runs on the transposed weight so that a column is contiguous; a failed factorization
-raises the damping and says so in the result.
+Departures from the paper: `U` is never formed. With `R = U⁻¹`, so that `H = R Rᵀ` (`linalg.damped_cholesky`), the errors
+`E = W − Q` of all columns D that are done leave the next block b at
+
+    W_b + E_D R[D, b] U[b, b],       U[b, b] = R[b, b]⁻¹
+
+which is where the paper's updates, block after block, have moved it (the free columns' answer `E_b` solves `E_D R[D, b] + E_b
+R[b, b] = 0`). One factorization and the inverses of its diagonal blocks do, and a block is read and written once. Inside a block
+the paper's update runs, at two levels. The work is on the transposed weight, so that a column is contiguous; a failed factorization raises
+the damping and says so in the result.
 """
 
 from __future__ import annotations
@@ -20,7 +26,10 @@ from cloq.quantizers import grid
 from cloq.types import LayerStats, QuantizedWeight
 
 BLOCK = 128
-"""Columns whose updates are applied one by one before the rest of the weight gets them in one product."""
+"""Columns that are brought up to date in one product, with the errors of all columns before them."""
+
+INNER = 16
+"""Columns whose updates are applied one by one before the rest of the block gets them in one product."""
 
 
 @dataclass(frozen=True)
@@ -49,58 +58,87 @@ class Gptq:
         Raises `ModelError` for values that no grid holds, `ValueError` for a Gram matrix that is not one.
         """
         weight = grid.finite(weight, grid.LARGEST_WEIGHT)
-        weight, gram = _settle_dead_inputs(weight, stats.gram.float())
         columns = weight.shape[1]
-        order = torch.arange(columns, device=weight.device)
-        if self.act_order:
-            order = torch.argsort(stats.gram.diagonal(), descending=True, stable=True)
-            gram = gram[order][:, order]
+        factor, damping, order, dead = stats.once((Gptq, self.damping, self.act_order), lambda: self._factorize(stats.gram.float()))
+        weight = weight.masked_fill(dead, 0.0)
         natural = grid.group_index(columns, self.group_size, weight.device)
         index = natural[order] if self.static_groups else natural  # group of each column, in processing order
         fits = None
         if self.static_groups or self.group_size is None:
             fits = [self._fit(weight[:, natural == g]) for g in range(int(natural[-1]) + 1)]
 
-        factor, damping = linalg.inverse_cholesky(gram, self.damping)
-        codes, fits = self._sweep(weight[:, order].T.contiguous(), factor, index.tolist(), fits)
+        codes, fits = self._sweep(weight.T[order].contiguous() if self.act_order else weight.T.contiguous(), factor, index.tolist(), fits)
         scale, zero = (torch.stack(parts, dim=1) for parts in zip(*fits, strict=True))
-        back = torch.argsort(order)
-        return QuantizedWeight(
-            codes.T[:, back].contiguous(), scale, zero, index[back], self.bits, self.group_size, self.symmetric, damping
-        )
+        if self.act_order:
+            back = torch.argsort(order)
+            codes, index = codes[back], index[back]
+        return QuantizedWeight(codes.T.contiguous(), scale, zero, index, self.bits, self.group_size, self.symmetric, damping)
+
+    def _factorize(self, gram: Tensor) -> tuple[Tensor, float, Tensor, Tensor]:
+        """All that a sweep needs of the Gram matrix: the factor in processing order, its damping, that order, and the dead inputs."""
+        gram, dead = _settle_dead_inputs(gram)
+        order = torch.arange(len(gram), device=gram.device)
+        if self.act_order:
+            order = torch.argsort(gram.diagonal().masked_fill(dead, 0.0), descending=True, stable=True)
+            gram = gram[order[:, None], order]
+        return *linalg.damped_cholesky(gram, self.damping), order, dead
 
     def _fit(self, values: Tensor) -> tuple[Tensor, Tensor]:
         return grid.fit(values, self.bits, self.symmetric, self.search)
 
-    def _sweep(self, free: Tensor, factor: Tensor, index: list[int], fits: list | None) -> tuple[Tensor, list]:
-        """Codes `(in, out)` and each group's (scale, zero). `free (in, out)`, one column of the weight per row, is used up.
+    def _sweep(self, weight: Tensor, factor: Tensor, index: list[int], fits: list | None) -> tuple[Tensor, list]:
+        """Codes `(in, out)` and each group's (scale, zero). `weight (in, out)`: one column of the layer's weight per row.
 
         fits: given, or `None` to fit every group to what its columns have become when the sweep reaches it.
         """
-        columns, rows = free.shape
+        columns = len(weight)
         moving, fits = fits is None, fits or []
         step = max(self.group_size, BLOCK // self.group_size * self.group_size) if moving else BLOCK
-        codes = torch.empty(columns, rows, dtype=torch.uint8, device=free.device)
+        codes = torch.empty_like(weight, dtype=torch.uint8)
+        errors = torch.empty_like(weight)
         for start in range(0, columns, step):
-            end = min(start + step, columns)
-            errors = torch.empty(end - start, rows, device=free.device)
-            for i in range(start, end):
-                if moving and i % self.group_size == 0:  # blocks are whole groups, so all of this one is up to date
-                    fits.append(self._fit(free[i : i + self.group_size].T))
-                scale, zero = fits[index[i]]
-                code = grid.encode(free[i], scale, zero, self.bits)
-                codes[i] = code.byte()
-                error = (free[i] - grid.decode(code, scale, zero)) / factor[i, i]
-                free[i + 1 : end].addr_(factor[i, i + 1 : end], error, alpha=-1.0)
-                errors[i - start] = error
-            free[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1.0)
+            here = slice(start, min(start + step, columns))
+            identity = torch.eye(len(weight[here]), dtype=factor.dtype, device=factor.device)
+            inverse = torch.linalg.solve_triangular(factor[here, here], identity, upper=True)
+            free = weight[here].clone()
+            if start:
+                free.addmm_(inverse.T, factor[:start, here].T @ errors[:start])
+            rounded = self._round_block(free, inverse / inverse.diagonal()[:, None], index[here], fits, codes[here])
+            torch.sub(weight[here], free, out=errors[here]).add_(rounded)
         return codes, fits
 
+    def _round_block(self, free: Tensor, shares: Tensor, index: list[int], fits: list, codes: Tensor) -> Tensor:
+        """Codes of a block of columns, into `codes`; returns each column's error against what it had become when it was rounded.
 
-def _settle_dead_inputs(weight: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Inputs that are always zero get weight 0 and, for the factorization, the live ones' mean diagonal: no damping changes."""
+        free `(block, out)`: the columns, left as they were rounded. shares `(block, block)`: `U[i, :] / U[i, i]`. fits: gets those of the
+        groups that are not in it yet; blocks are whole groups then, so that all of one is up to date when it is fitted.
+        """
+        errors, steps = torch.empty_like(free), torch.empty_like(free)
+        rows = list(zip(free.unbind(), steps.unbind(), errors.unbind(), strict=True))
+        grids: dict[int, grid.Grid] = {}
+        size = self.group_size if index[-1] >= len(fits) else len(index)
+        for group in range(0, len(index), size):
+            if index[group] == len(fits):
+                fits.append(self._fit(free[group : group + size].T))
+            grids |= {g: grid.grid(*fits[g], self.bits) for g in set(index[group : group + size])}
+            for first in range(group, min(group + size, len(index)), INNER):
+                last = min(first + INNER, group + size, len(index))
+                for i in range(first, last):
+                    value, step, error = rows[i]
+                    here = grids[index[i]]
+                    here.round(value, out=step)
+                    torch.addcmul(value, step, here.scale, value=-1, out=error)
+                    free[i + 1 : last].addr_(shares[i, i + 1 : last], error, alpha=-1)
+                free[last:].addmm_(shares[first:last, last:].T, errors[first:last], alpha=-1)
+        codes.copy_(steps.add_(torch.stack([fits[g][1] for g in index])))
+        return errors
+
+
+def _settle_dead_inputs(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """The Gram matrix with the live inputs' mean diagonal for those that are always zero, so that no damping changes; and those."""
     diagonal = gram.diagonal()
     dead = diagonal <= 0
+    if not bool(dead.any()):
+        return gram, dead
     mean = diagonal.clamp_min(0).sum() / (~dead).sum().clamp_min(1)
-    gram = torch.where(dead[:, None] | dead, torch.diag(dead * mean), gram)
-    return weight.masked_fill(dead, 0.0), gram
+    return torch.where(dead[:, None] | dead, torch.diag(dead * mean), gram), dead

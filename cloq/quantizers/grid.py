@@ -7,6 +7,8 @@ exactly.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,9 @@ from cloq.errors import ModelError
 
 SMALLEST_SCALE = 2.0**-24
 """The smallest float16 above 0. Scales below 2^-14 keep fewer digits, but codes are chosen for the rounded scale."""
+
+SHRINKS = tuple(1.0 - 0.05 * step for step in range(13))
+"""Shares of the range that the search tries."""
 
 LARGEST_WEIGHT = 65504.0
 """The largest float16: weights up to it have a scale that the file can hold, on every grid."""
@@ -58,21 +63,40 @@ def fit(values: Tensor, bits: int, symmetric: bool, search: bool) -> tuple[Tenso
         scale = (high - low) / levels
         zero = None
     scale = torch.where((scale == 0) & (high > low), SMALLEST_SCALE, scale)  # a range so small that the division underflowed
-    shrinks = [1.0] if not search else [1.0 - 0.05 * step for step in range(13)]
-    best = None
-    for shrink in shrinks:
-        s = _storable(scale * shrink)
-        z = zero if symmetric else (-low * shrink / s).round().clamp(0, levels)
-        if len(shrinks) == 1:
-            return s, z.to(torch.uint8)
-        error = (values - decode(encode(values, s[:, None], z[:, None], bits), s[:, None], z[:, None])).square().sum(1)
-        if best is None:
-            best, best_s, best_z = error, s, z
-        else:
-            better = error < best
-            best_s, best_z = torch.where(better, s, best_s), torch.where(better, z, best_z)
-            best = torch.minimum(best, error)
-    return best_s, best_z.to(torch.uint8)
+    shrinks = torch.tensor(SHRINKS if search else SHRINKS[:1], device=values.device)[:, None]
+    scales = _storable(scale * shrinks)
+    zeros = zero.expand_as(scales) if symmetric else (-low * shrinks / scales).round().clamp_(0, levels)
+    if not search:
+        return scales[0], zeros[0].to(torch.uint8)
+    best = _rounding_errors(values, scales, zeros, bits).argmin(0, keepdim=True)  # the first of equal ones: the widest range
+    return scales.gather(0, best)[0], zeros.gather(0, best)[0].to(torch.uint8)
+
+
+def _rounding_errors(values: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
+    """Squared rounding error of each row of `values (rows, n)` under each of its grids, `(grids, rows)`."""
+    steps, errors = torch.empty_like(values), torch.empty_like(scales)
+    for scale, zero, error in zip(scales[:, :, None], zeros[:, :, None], errors, strict=True):
+        grid(scale, zero, bits).round(values, out=steps)
+        torch.sum(torch.addcmul(values, steps, scale, value=-1, out=steps).square_(), dim=1, out=error)
+    return errors
+
+
+class Grid(NamedTuple):
+    """The points `step · scale` for whole steps from `low = −zero` to `high = 2**bits − 1 − zero`; codes are steps plus the zero point."""
+
+    scale: Tensor
+    low: Tensor
+    high: Tensor
+
+    def round(self, values: Tensor, out: Tensor) -> Tensor:
+        """The step whose point is nearest, as a float, into `out`."""
+        return torch.div(values, self.scale, out=out).round_().clamp_(self.low, self.high)
+
+
+def grid(scale: Tensor, zero: Tensor, bits: int) -> Grid:
+    """The grid of a scale and a zero point, whose shapes broadcast with those of the values to be rounded."""
+    zero = zero.float()
+    return Grid(scale, -zero, 2**bits - 1 - zero)
 
 
 def encode(values: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:

@@ -47,7 +47,7 @@ class Magr:
     def reduce(self, weight: Tensor, stats: LayerStats) -> Tensor:
         """The weight of smaller magnitude, `(out, in)` float32. Unchanged where the Gram matrix is zero."""
         weight = weight.detach().float()
-        peak = linalg.largest_eigenvalue(stats.gram.float())
+        peak = stats.once("largest eigenvalue", lambda: linalg.largest_eigenvalue(stats.gram.float()))
         if peak <= 0:
             return weight
         step = 1 / MARGIN
@@ -78,11 +78,12 @@ def _prox_groups(values: Tensor, threshold: float, group_size: int | None) -> Te
 def prox_max(values: Tensor, threshold: float) -> Tensor:
     """`argmin_x ½‖x − v‖² + t ‖x‖_∞` for each row of `(rows, n)`: clip at the τ with `Σ max(|v| − τ, 0) = t`, or 0 if `‖v‖₁ ≤ t`.
 
-    τ is the root of a decreasing, convex, piecewise linear function; Newton's iteration from 0 rises to it and ends after
-    finitely many steps (Michelot, 1986). Equal to `v − t · projection of v/t on the ℓ1 ball`.
+    τ is the root of a decreasing, convex, piecewise linear function; Newton's iteration from below rises to it and ends after
+    finitely many steps (Michelot, 1986). It starts at `‖v‖_∞ − t`, which no root is below: two or three steps where t is small, as here.
+    Equal to `v − t · projection of v/t on the ℓ1 ball`.
     """
     magnitude = values.abs()
-    tau = torch.zeros_like(magnitude[:, :1])
+    tau = (magnitude.amax(1, keepdim=True) - threshold).clamp_min(0)
     for _ in range(values.shape[1]):
         above = magnitude > tau
         count = above.sum(1, keepdim=True).clamp_min(1)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cloq.calibration import gram as sums
 from cloq.calibration import gram_matrices, shared_inputs
 from cloq.errors import ModelError
 
@@ -83,6 +84,16 @@ def test_grams_are_those_of_the_naive_twin():
         naive = sum(torch.outer(token, token) for token in tokens)
         torch.testing.assert_close(gram.double(), naive, rtol=1e-5, atol=1e-5 * float(naive.abs().max()))
         assert count == len(tokens) == 30 and gram.dtype == torch.float32
+
+
+@pytest.mark.parametrize("panel", (1, 4, 256))
+def test_a_triangle_by_panels_is_the_whole(panel, monkeypatch):
+    monkeypatch.setattr(sums, "PANEL", panel)
+    block, xs = Block(), batches(2, 3)
+    found = grams(block, xs, ["down"])["down"].gram
+    tokens = torch.cat([block.inputs(x)["down"].flatten(0, 1) for x in xs])
+    torch.testing.assert_close(found.double(), tokens.T @ tokens, rtol=1e-5, atol=1e-5)
+    assert torch.equal(found, found.T)
 
 
 def test_layers_of_one_group_have_one_gram():
