@@ -12,6 +12,10 @@ which is where the paper's updates, block after block, have moved it (the free c
 R[b, b] = 0`). One factorization and the inverses of its diagonal blocks do, and a block is read and written once. Inside a block
 the paper's update runs, at two levels. The work is on the transposed weight, so that a column is contiguous; a failed factorization raises
 the damping and says so in the result.
+
+An error `e` in column i costs `e² R[i, i]²` after the later columns have made up for what they can. The search for scales weighs
+each column with the root of that, `R[i, i]`: between the plain sum, which ruins layers with outlier inputs, and the full weight, which
+spends the grid on what the factors after it will undo (measured in docs/log.md).
 """
 
 from __future__ import annotations
@@ -65,7 +69,8 @@ class Gptq:
         index = natural[order] if self.static_groups else natural  # group of each column, in processing order
         fits = None
         if self.static_groups or self.group_size is None:
-            fits = [self._fit(weight[:, natural == g]) for g in range(int(natural[-1]) + 1)]
+            importance = torch.empty_like(weight[0]).index_copy_(0, order, factor.diagonal())
+            fits = [self._fit(weight[:, natural == g], importance[natural == g]) for g in range(int(natural[-1]) + 1)]
 
         codes, fits = self._sweep(weight.T[order].contiguous() if self.act_order else weight.T.contiguous(), factor, index.tolist(), fits)
         scale, zero = (torch.stack(parts, dim=1) for parts in zip(*fits, strict=True))
@@ -83,8 +88,8 @@ class Gptq:
             gram = gram[order[:, None], order]
         return *linalg.damped_cholesky(gram, self.damping), order, dead
 
-    def _fit(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        return grid.fit(values, self.bits, self.symmetric, self.search)
+    def _fit(self, values: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+        return grid.fit(values, self.bits, self.symmetric, self.search, importance)
 
     def _sweep(self, weight: Tensor, factor: Tensor, index: list[int], fits: list | None) -> tuple[Tensor, list]:
         """Codes `(in, out)` and each group's (scale, zero). `weight (in, out)`: one column of the layer's weight per row.
@@ -103,15 +108,19 @@ class Gptq:
             free = weight[here].clone()
             if start:
                 free.addmm_(inverse.T, factor[:start, here].T @ errors[:start])
-            rounded = self._round_block(free, inverse / inverse.diagonal()[:, None], index[here], fits, codes[here])
+            shares, importance = inverse / inverse.diagonal()[:, None], factor.diagonal()[here]
+            rounded = self._round_block(free, shares, importance, index[here], fits, codes[here])
             torch.sub(weight[here], free, out=errors[here]).add_(rounded)
         return codes, fits
 
-    def _round_block(self, free: Tensor, shares: Tensor, index: list[int], fits: list, codes: Tensor) -> Tensor:
+    def _round_block(
+        self, free: Tensor, shares: Tensor, importance: Tensor, index: list[int], fits: list, codes: Tensor
+    ) -> Tensor:  # fmt: skip
         """Codes of a block of columns, into `codes`; returns each column's error against what it had become when it was rounded.
 
-        free `(block, out)`: the columns, left as they were rounded. shares `(block, block)`: `U[i, :] / U[i, i]`. fits: gets those of the
-        groups that are not in it yet; blocks are whole groups then, so that all of one is up to date when it is fitted.
+        free `(block, out)`: the columns, left as they were rounded. shares `(block, block)`: `U[i, :] / U[i, i]`. importance `(block,)`:
+        `R[i, i]`. fits: gets those of the groups that are not in it yet; blocks are whole groups then, so that all of one is up to date
+        when it is fitted.
         """
         errors, steps = torch.empty_like(free), torch.empty_like(free)
         rows = list(zip(free.unbind(), steps.unbind(), errors.unbind(), strict=True))
@@ -119,7 +128,7 @@ class Gptq:
         size = self.group_size if index[-1] >= len(fits) else len(index)
         for group in range(0, len(index), size):
             if index[group] == len(fits):
-                fits.append(self._fit(free[group : group + size].T))
+                fits.append(self._fit(free[group : group + size].T, importance[group : group + size]))
             grids |= {g: grid.grid(*fits[g], self.bits) for g in set(index[group : group + size])}
             for first in range(group, min(group + size, len(index)), INNER):
                 last = min(first + INNER, group + size, len(index))

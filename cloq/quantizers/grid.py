@@ -40,13 +40,14 @@ def group_index(columns: int, group_size: int | None, device: torch.device | Non
     return torch.zeros_like(positions) if group_size is None else positions // group_size
 
 
-def fit(values: Tensor, bits: int, symmetric: bool, search: bool) -> tuple[Tensor, Tensor]:
+def fit(values: Tensor, bits: int, symmetric: bool, search: bool, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Scale and zero point for each row of `values (rows, n)`: `(rows,)` float32 representable in float16, and `(rows,)` uint8.
 
     asymmetric: min-max, the range widened to contain 0.
     symmetric: zero point `2**(bits-1)`; all `2**bits` levels are used, and the side with the larger magnitude gets the extra
         level by the sign of the scale. (At 2 bits the levels are −2…1; dropping one costs points.)
-    search: try shrunken ranges as well and keep, per row, the scale with the least squared rounding error.
+    search: try shrunken ranges as well and keep, per row, the scale with the least squared rounding error, the n values weighted by
+        `importance (n,)` if that is given.
 
     Any float32 values give a finite grid: scales beyond float16 are cut to its limits, and codes to the grid's ends.
     """
@@ -68,16 +69,17 @@ def fit(values: Tensor, bits: int, symmetric: bool, search: bool) -> tuple[Tenso
     zeros = zero.expand_as(scales) if symmetric else (-low * shrinks / scales).round().clamp_(0, levels)
     if not search:
         return scales[0], zeros[0].to(torch.uint8)
-    best = _rounding_errors(values, scales, zeros, bits).argmin(0, keepdim=True)  # the first of equal ones: the widest range
+    best = _rounding_errors(values, scales, zeros, bits, importance).argmin(0, keepdim=True)  # the first of equal ones: the widest range
     return scales.gather(0, best)[0], zeros.gather(0, best)[0].to(torch.uint8)
 
 
-def _rounding_errors(values: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
-    """Squared rounding error of each row of `values (rows, n)` under each of its grids, `(grids, rows)`."""
+def _rounding_errors(values: Tensor, scales: Tensor, zeros: Tensor, bits: int, importance: Tensor | None) -> Tensor:
+    """Squared rounding error, weighted, of each row of `values (rows, n)` under each of its grids, `(grids, rows)`."""
     steps, errors = torch.empty_like(values), torch.empty_like(scales)
+    importance = torch.ones_like(values[0]) if importance is None else importance
     for scale, zero, error in zip(scales[:, :, None], zeros[:, :, None], errors, strict=True):
         grid(scale, zero, bits).round(values, out=steps)
-        torch.sum(torch.addcmul(values, steps, scale, value=-1, out=steps).square_(), dim=1, out=error)
+        torch.mv(torch.addcmul(values, steps, scale, value=-1, out=steps).square_(), importance, out=error)
     return errors
 
 

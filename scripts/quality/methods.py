@@ -51,6 +51,7 @@ METHODS = {
     "cloq-balanced": Method("gptq", "cloq", balanced=True, family="cloq"),
     "loftq": Method("own", "loftq", (("quantizer", "rtn"),)),
     "cloq-run": Method("own", "cloq", family="cloq"),
+    "cloq-rounds": Method("own", "cloq", (("rounds", 4),), family="cloq"),
     "gptqmodel-eora": Method("gptqmodel", "eora"),
     "peft-loftq": Method("peft", "loftq"),
 }

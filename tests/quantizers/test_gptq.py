@@ -32,17 +32,23 @@ def naive_gptq(weight, gram, config: Gptq):
     group_of = torch.arange(columns) // (config.group_size or columns)
     index = group_of[order] if config.static_groups else group_of
 
-    def fit(values):
-        return tuple(t.double() for t in grid.fit(values.float(), config.bits, config.symmetric, config.search))
+    importance, remaining = torch.empty(columns, dtype=torch.float64), inverse.clone()
+    for i in order.tolist():  # of a column, once those before it are gone
+        importance[i] = remaining[i, i] ** -0.5
+        remaining -= torch.outer(remaining[:, i], remaining[i]) / remaining[i, i]
+
+    def fit(which):
+        values, weights = weight[:, which].float(), importance[which].float()
+        return tuple(t.double() for t in grid.fit(values, config.bits, config.symmetric, config.search, weights))
 
     fits = {}
     if config.static_groups or config.group_size is None:
-        fits = {g: fit(weight[:, group_of == g]) for g in group_of.unique().tolist()}
+        fits = {g: fit(group_of == g) for g in group_of.unique().tolist()}
     codes = torch.empty(out, columns, dtype=torch.int64)
     for position, i in enumerate(order.tolist()):
         g = int(index[position])
         if g not in fits:
-            fits[g] = fit(weight[:, order[position : position + config.group_size]])
+            fits[g] = fit(order[position : position + config.group_size])
         scale, zero = fits[g]
         codes[:, i] = (torch.round(weight[:, i] / scale) + zero).clamp(0, 2**config.bits - 1).long()
         error = (weight[:, i] - (codes[:, i] - zero) * scale) / inverse[i, i]
@@ -108,7 +114,7 @@ def test_many_blocks_are_as_good_as_the_naive_elimination(kind):
     index = torch.arange(400) // 64
     naive = (codes.float() - zero.float()[:, index]) * scale[:, index]
     errors = [output_error(p.weight - dense, p.gram) for dense in (found.dequantize(), naive)]
-    assert errors[0] == pytest.approx(errors[1], rel=0.02)
+    assert errors[0] == pytest.approx(errors[1], rel=0.05)
 
 
 GAINS = {
@@ -191,10 +197,22 @@ def test_activation_order_starts_with_the_strongest_input():
 @pytest.mark.parametrize("act_order", (False, True))
 def test_static_groups_have_the_grids_of_the_original_weight(act_order):
     p = problem("power law", (17, 100))
-    found = Gptq(3, 32, act_order=act_order, static_groups=True, search=True).quantize(p.weight, p.stats)
-    rounded = Rtn(3, 32, search=True).quantize(p.weight)
+    found = Gptq(3, 32, act_order=act_order, static_groups=True).quantize(p.weight, p.stats)
+    rounded = Rtn(3, 32).quantize(p.weight)
     assert torch.equal(found.scale, rounded.scale) and torch.equal(found.zero, rounded.zero)
     assert torch.equal(found.group_index, rounded.group_index)
+
+
+def test_the_search_weighs_columns_by_what_their_errors_cost():
+    """A group with one loud input: the plain search cuts its large weight off, the weighted one keeps it."""
+    p = problem("outlier channel", (64, 96))
+    errors = []
+    for scales in (Gptq(2, 32, search=True), Rtn(2, 32, search=True)):
+        fits = scales.quantize(p.weight, p.stats)
+        left = p.weight - grid.decode(grid.encode(p.weight, fits.scale[:, fits.group_index], fits.zero[:, fits.group_index].float(), 2),
+                                      fits.scale[:, fits.group_index], fits.zero[:, fits.group_index].float())  # fmt: skip
+        errors.append(float(left[:, 5].square().sum()))
+    assert errors[0] < 0.7 * errors[1]
 
 
 def test_a_gram_matrix_that_is_not_positive_definite_raises_the_damping_and_says_so():
