@@ -17,7 +17,7 @@ layers quantized on the outputs of `Q + BA`. Rank, steps, tokens and their order
 seeds; the table shows the test text at that rate.
 
 **As good as the best rival in the end.** The best rival is the method of the lowest validation loss after training at the same width, the
-16-bit model and a method's own variants (for `cloq`: `cloq-balanced`, `cloq-run`) left out. The column says after how many steps, and
+16-bit model and a method's own variants (those of `cloq` have its name in theirs) left out. The column says after how many steps, and
 seconds of training, a method's validation loss first is as low, linear in the loss between evaluations.
 
 **What a sweep changes.** One setting at a time, of the bases and factors too where it is theirs: the base that factors share is made once

@@ -121,7 +121,7 @@ with_settings = with_flags([_flag(name) for name in HELP], _converted)
 
 
 def _quantizes(name: str) -> bool:
-    return FLAT[name][0] == "quant"
+    return FLAT[name][0] == "quant" or name == "rounds"
 
 
 def _refuse_quantizing(name: str, value: Any) -> None:
