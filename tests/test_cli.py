@@ -143,6 +143,7 @@ def test_init_fits_factors_to_a_given_base(finished, model, text, tmp_path):
         (["quantize", "--no-such-flag"], "no-such-flag"),
         (["init", "--dense", "a", "--quantized", "b", "--bits", "4"], "--bits says how to quantize, but the base is given"),
         (["init", "--dense", "a", "--quantized", "b", "--no-search"], "--no-search says how to quantize, but the base is given"),
+        (["init", "--dense", "a", "--quantized", "b", "--rounds", "2"], "--rounds says how to quantize, but the base is given"),
         (["init", "--dense", "a", "--quantized", "b", "--init", "loftq"], "cannot be fitted to a given base"),
         (["check", "no-such-run"], "no-such-run"),
         (["eval", "no-such-run"], "no-such-run"),
