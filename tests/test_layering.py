@@ -16,6 +16,7 @@ LAYERS = (
     {"types"},
     {"specs"},
     {"linalg"},
+    {"lowrank"},
     {"packing"},
     {"quantizers"},
     {"initializers"},
@@ -34,7 +35,7 @@ LAYERS = (
 )
 """From the bottom up. A new module gets its line here; one that has none fails the test."""
 
-ALGEBRA = ("types", "linalg", "quantizers", "initializers", "packing", "calibration.gram")
+ALGEBRA = ("types", "linalg", "lowrank", "quantizers", "initializers", "packing", "calibration.gram")
 """Tensors in, value out: these know torch and nothing else from outside the standard library."""
 
 LIGHT = ("cloq", "cloq.errors", "cloq.specs", "cloq.cli")

@@ -2,7 +2,7 @@
 
 Deng et al., arXiv:2501.18475, Theorem 3.1. For `E = W − Q` and the Gram matrix `G = S Sᵀ` of the layer's inputs it minimises
 `‖(E − B A) S‖_F²` over all `B A` of the given rank. With `V` the top eigenvectors of `E G Eᵀ` the optimum is `B A = V Vᵀ E`
-(`linalg` says why), found here without the paper's root, inverse and damping.
+(`lowrank` says why), found here without the paper's root, inverse and damping.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cloq import linalg
+from cloq import lowrank
 from cloq.quantizers.descent import descend
 from cloq.types import AnyQuantizedWeight, LayerStats, LoraFactors, Quantize, QuantizedWeight
 
@@ -54,10 +54,10 @@ def closed_form(error: Tensor, gram: Tensor, rank: int, split: str = "paper") ->
         raise ValueError("closed_form was given NaN or Inf")
     rank = min(rank, *error.shape)
     error = error if error.dtype == torch.float64 else error.float()
-    vectors, values, total, _ = linalg.top_eigenvectors(error, gram, rank)
+    vectors, values, total, _ = lowrank.top_eigenvectors(error, gram, rank)
     B, A = vectors, vectors.to(error.dtype).T @ error
     if split == "balanced":
-        B, A = linalg.balance(B, A)
+        B, A = lowrank.balance(B, A)
     remaining = 0.0 if rank == min(error.shape) else max(total - float(values.sum()), 0.0)
     return ClosedForm(LoraFactors(A.float(), B.float()), remaining, total, values)
 
@@ -70,7 +70,7 @@ class Cloq:
     rounds: how often the codes are chosen again; 0 is the paper's method.
 
     **A round.** Whatever the codes are, factors with these rows `A` can take away all of the error that lies in the directions of
-    `A S`; the best `B` leaves `‖(W − Q) S‖²` without them, which is the norm with the Gram matrix `linalg.deflate(G, A)`. So the
+    `A S`; the best `B` leaves `‖(W − Q) S‖²` without them, which is the norm with the Gram matrix `lowrank.deflate(G, A)`. So the
     quantizer gets that matrix, deflated to a share `KEPT`, and the target `W − B A`. Integer codes are then improved one by one
     (`quantizers.descend`), and the closed form fits both factors anew. The round with the least error is the result, so that no
     number of rounds is worse on the calibration data than none. The base alone gets worse: it is made for its factors.
@@ -81,14 +81,14 @@ class Cloq:
 
     def initialize(self, weight: Tensor, stats: LayerStats, quantize: Quantize, rank: int) -> tuple[AnyQuantizedWeight, LoraFactors]:
         """Raises `ValueError` for a rank above `min(weight.shape)`."""
-        linalg.check_rank(rank, weight.shape)
+        lowrank.check_rank(rank, weight.shape)
         weight = weight.detach().float()
         quantized = quantize(weight, stats)
         best = quantized, closed_form(weight - quantized.dequantize(), stats.gram, rank, self.split)
         fitted = best[1]
         for _ in range(self.rounds if rank < min(weight.shape) else 0):  # at full rank there is no error left
             target = weight - fitted.factors.delta()
-            corrected = LayerStats(linalg.deflate(stats.gram, fitted.factors.A, KEPT), stats.n_tokens)
+            corrected = LayerStats(lowrank.deflate(stats.gram, fitted.factors.A, KEPT), stats.n_tokens)
             quantized = quantize(target, corrected)
             if isinstance(quantized, QuantizedWeight):
                 quantized = descend(quantized, target, corrected.gram)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cloq import linalg
+from cloq import lowrank
 from cloq.types import AnyQuantizedWeight, LayerStats, LoraFactors, Quantize
 
 SMALLEST_EIGENVALUE = 1e-12
@@ -30,12 +30,12 @@ class Eora:
 
     def initialize(self, weight: Tensor, stats: LayerStats, quantize: Quantize, rank: int) -> tuple[AnyQuantizedWeight, LoraFactors]:
         """Raises `ValueError` for a rank above `min(weight.shape)`. A Gram matrix of zeros gives the plain truncated SVD."""
-        linalg.check_rank(rank, weight.shape)
+        lowrank.check_rank(rank, weight.shape)
         weight = weight.detach().float()
         quantized = quantize(weight, stats)
         root, inverse = _root_and_inverse(stats.gram)
         projected = (weight - quantized.dequantize()).to(root.dtype) @ root
-        P, energies, *_ = linalg.top_eigenvectors(projected, None, rank)
+        P, energies, *_ = lowrank.top_eigenvectors(projected, None, rank)
         share = energies.to(root.dtype).sqrt().sqrt()  # σ^{1/2}
         # a direction that holds no error at all gets zeros in both factors rather than 0/0
         undo = torch.where(share > 1e-8 * share[0], 1 / share, torch.zeros_like(share))

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cloq import linalg
+from cloq import lowrank
 from cloq.types import AnyQuantizedWeight, LayerStats, LoraFactors, Quantize
 
 
@@ -33,11 +33,11 @@ class Loftq:
 
     def initialize(self, weight: Tensor, stats: LayerStats, quantize: Quantize, rank: int) -> tuple[AnyQuantizedWeight, LoraFactors]:
         """`stats` are the quantizer's alone. Raises `ValueError` for a rank above `min(weight.shape)`."""
-        linalg.check_rank(rank, weight.shape)
+        lowrank.check_rank(rank, weight.shape)
         weight = weight.detach().float()
         delta = torch.zeros_like(weight)
         for _ in range(self.iterations):
             quantized = quantize(weight - delta, stats)
-            B, A = linalg.low_rank(weight - quantized.dequantize(), None, rank)
+            B, A = lowrank.low_rank(weight - quantized.dequantize(), None, rank)
             delta = B @ A
         return quantized, LoraFactors(A, B)

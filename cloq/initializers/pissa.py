@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from cloq import linalg
+from cloq import lowrank
 from cloq.types import AnyQuantizedWeight, LayerStats, LoraFactors, Quantize
 
 
@@ -20,7 +20,7 @@ class Pissa:
 
     def initialize(self, weight: Tensor, stats: LayerStats, quantize: Quantize, rank: int) -> tuple[AnyQuantizedWeight, LoraFactors]:
         """`stats` are the quantizer's alone. Raises `ValueError` for a rank above `min(weight.shape)`."""
-        linalg.check_rank(rank, weight.shape)
+        lowrank.check_rank(rank, weight.shape)
         weight = weight.detach().float()
-        B, A = linalg.low_rank(weight, None, rank)
+        B, A = lowrank.low_rank(weight, None, rank)
         return quantize(weight - B @ A, stats), LoraFactors(A, B)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from cloq import linalg
+from cloq import lowrank
 from cloq.types import AnyQuantizedWeight, LayerStats, LoraFactors, Quantize
 
 
@@ -26,9 +26,9 @@ class Qera:
 
     def initialize(self, weight: Tensor, stats: LayerStats, quantize: Quantize, rank: int) -> tuple[AnyQuantizedWeight, LoraFactors]:
         """Uses the diagonal of `stats.gram`, on any scale. Raises `ValueError` for a rank above `min(weight.shape)`."""
-        linalg.check_rank(rank, weight.shape)
+        lowrank.check_rank(rank, weight.shape)
         weight = weight.detach().float()
         quantized = quantize(weight, stats)
         energy = stats.gram.diagonal().clamp_min(0)
-        B, A = linalg.low_rank(weight - quantized.dequantize(), energy, rank)
+        B, A = lowrank.low_rank(weight - quantized.dequantize(), energy, rank)
         return quantized, LoraFactors(A, B)

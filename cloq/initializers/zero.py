@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cloq import linalg
+from cloq import lowrank
 from cloq.types import AnyQuantizedWeight, LayerStats, LoraFactors, Quantize
 
 
@@ -22,7 +22,7 @@ class Zero:
 
     def initialize(self, weight: Tensor, stats: LayerStats, quantize: Quantize, rank: int) -> tuple[AnyQuantizedWeight, LoraFactors]:
         """`stats` are the quantizer's alone. Raises `ValueError` for a rank above `min(weight.shape)`."""
-        linalg.check_rank(rank, weight.shape)
+        lowrank.check_rank(rank, weight.shape)
         out, columns = weight.shape
         generator = torch.Generator().manual_seed(self.seed)
         A = (torch.rand(rank, columns, generator=generator) * 2 - 1) / columns**0.5

@@ -6,7 +6,7 @@ times of that routine on one core (GPTQ, eigendecomposition, MagR's prox) and ar
 
 from __future__ import annotations
 
-from cloq import linalg
+from cloq import linalg, lowrank
 from cloq.calibration.gram import PANEL
 from cloq.plan.work import Work
 from cloq.quantizers.descent import BLOCK as DESCENT_BLOCK
@@ -80,12 +80,12 @@ def for_the_factors(shape: Shape, rank: int) -> Work:
 
 
 def top_eigenvectors(shape: Shape, rank: int, whole_gram: bool, wide: bool = False) -> Work:
-    """`linalg.top_eigenvectors`, which picks route and precision (float32 for large layers, unless `wide`) by the same rules."""
+    """`lowrank.top_eigenvectors`, which picks route and precision (float32 for large layers, unless `wide`) by the same rules."""
     out, columns = shape
     small = min(shape)
     weigh = 2.0 * out * columns**2 if whole_gram else 0.0
     last = 6.0 * rank * out * columns  # two projections for the Rayleigh quotients, and the factor A
-    if small <= linalg.EXACT_BELOW or rank > linalg.EXACT_SHARE * small:
+    if small <= lowrank.EXACT_BELOW or rank > lowrank.EXACT_SHARE * small:
         tall = (_QR + 2.0) * out * columns**2 if out > columns else 0.0  # a QR first
         operations, calls = weigh + tall + 2.0 * small**2 * columns + _EIGEN * small**3 + last + 4.0 * rank**2 * small, 50.0
     else:
@@ -94,7 +94,7 @@ def top_eigenvectors(shape: Shape, rank: int, whole_gram: bool, wide: bool = Fal
         orthogonal = 5.0 * out * width**2 * _KRYLOV_BLOCKS * (_KRYLOV_BLOCKS + 1)
         rayleigh = _EIGEN * width**3 * sum(k**3 for k in range(1, _KRYLOV_BLOCKS + 1))
         operations, calls = weigh + steps + orthogonal + rayleigh + last, 50.0 * _KRYLOV_BLOCKS
-    return Work(calls=calls, **{"wide" if wide or small <= linalg.EXACT_BELOW else "products": operations})
+    return Work(calls=calls, **{"wide" if wide or small <= lowrank.EXACT_BELOW else "products": operations})
 
 
 def errors(shape: Shape, rank: int, heldout: bool) -> Work:

@@ -58,7 +58,7 @@ class Machine:
 def measure(device: str | torch.device = "cpu", clock: Callable[[], float] = time.perf_counter) -> Machine:
     """Measures a device in about half a second. disk is not measured: writing to find out would cost more than it is worth.
 
-    Where a device has no float64 (mps), `wide` is float32's rate, as `linalg` then computes in float32.
+    Where a device has no float64 (mps), `wide` is float32's rate, as `lowrank` then computes in float32.
     """
     device = torch.device(device)
     wide = torch.float32 if device.type == "mps" else torch.float64

@@ -123,9 +123,9 @@ def _decoded(protocol: Protocol, base: Path) -> nn.Module:
 
 
 def _balance(model: nn.Module) -> None:
-    from cloq import linalg
+    from cloq import lowrank
 
     for module in model.modules():
         if hasattr(module, "lora_A"):
             A, B = module.lora_A["default"].weight, module.lora_B["default"].weight
-            B.data, A.data = linalg.balance(B.data, A.data)
+            B.data, A.data = lowrank.balance(B.data, A.data)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cloq import closed_form, linalg
+from cloq import closed_form, lowrank
 from cloq.initializers import SPLITS
 from cloq.quantizers import Rtn
 from tests.problems import KINDS, LARGE_SHAPES, SHAPES, optimum, output_error, problem, rounding
@@ -34,7 +34,7 @@ def test_within_a_thousandth_of_brute_force(kind, shape, rank, split):
     direct = output_error(error.double() - B.double() @ A.double(), p.gram)
     assert direct <= 1.001 * best + slack
     assert result.error == pytest.approx(direct, rel=1e-3, abs=slack)
-    digits = 1e-9 if min(shape) <= linalg.EXACT_BELOW else 1e-5  # large layers are solved in float32 where that is enough
+    digits = 1e-9 if min(shape) <= lowrank.EXACT_BELOW else 1e-5  # large layers are solved in float32 where that is enough
     assert result.total == pytest.approx(output_error(error, p.gram), rel=digits, abs=slack)
     assert result.error == 0 if most == min(shape) else result.error >= 0
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cloq import linalg
+from cloq import lowrank
 from cloq.initializers import Cloq, Eora, Loftq, Pissa, Qera, Svd, Zero, closed_form
 from cloq.initializers.cloq import KEPT
 from cloq.quantizers import Gptq, Nf4, Rtn
@@ -202,5 +202,5 @@ def test_a_round_quantizes_for_what_the_factors_will_undo():
     factors = closed_form(p.weight - first.dequantize(), p.gram, 8).factors
     target, stats = asked[1]
     torch.testing.assert_close(target, p.weight - factors.delta())
-    torch.testing.assert_close(stats.gram, linalg.deflate(p.gram, factors.A, KEPT))
+    torch.testing.assert_close(stats.gram, lowrank.deflate(p.gram, factors.A, KEPT))
     assert stats.n_tokens == p.stats.n_tokens

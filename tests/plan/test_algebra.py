@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from cloq import linalg
+from cloq import lowrank
 from cloq.pipeline import solve_layer
 from cloq.plan import algebra
 from cloq.plan.work import Machine, Work, measure
@@ -44,7 +44,7 @@ def test_measuring_a_layer(shape, heldout):
 def test_the_exact_solve(shape, whole_gram):
     """Its products are counted exactly; what a decomposition costs is not a product and comes on top."""
     error, stats = _problem(shape)
-    counted = _counted(lambda: linalg.top_eigenvectors(error, stats.gram if whole_gram else None, 90))
+    counted = _counted(lambda: lowrank.top_eigenvectors(error, stats.gram if whole_gram else None, 90))
     small, (out, columns) = min(shape), shape
     work = algebra.top_eigenvectors(shape, 90, whole_gram)
     decompositions = algebra._EIGEN * small**3 + (algebra._QR * out * columns**2 if out > columns else 0)
@@ -54,7 +54,7 @@ def test_the_exact_solve(shape, whole_gram):
 
 def test_the_iteration_is_chosen_where_the_solver_chooses_it():
     shape = (1024, 2048)
-    rank = int(linalg.EXACT_SHARE * 1024)
+    rank = int(lowrank.EXACT_SHARE * 1024)
     few, many = (algebra.top_eigenvectors(shape, r, True).products for r in (rank // 4, rank + 1))
     assert few < 0.6 * many
 
