@@ -22,11 +22,21 @@ TOOLS = {
     "gptqmodel+eora": {"adapter": True},
     "cloq, base alone": {"init": "zero", "propagate": "quantized"},
     "cloq, base alone, range": {"init": "zero", "propagate": "quantized", "search": False},
+    "cloq, base alone, range, ordered": {
+        "init": "zero",
+        "propagate": "quantized",
+        "search": False,
+        "damping": 0.05,
+        "act_order": True,
+        "static_groups": True,
+    },
     "cloq": {},
+    "cloq, no rounds": {"rounds": 0},
     "cloq, range": {"search": False},
 }
 """What is run: GPTQModel without and with its own EoRA adapter, cloq for a base alone and as it is meant, with scales from the range
-(as GPTQModel has them) or searched (cloq's default)."""
+(as GPTQModel has them) or searched (cloq's default). `ordered` comes nearest to GPTQModel's defaults: damping 0.05, and columns by their
+activations with the groups kept as they are."""
 
 ENVIRONMENT = {"GPTQMODEL_CPU_WORKERS": "2", "TORCHDYNAMO_DISABLE": "1"}
 """Of every child. Workers: GPTQModel ends with an error where it would choose one by itself, as it does on two cores."""
