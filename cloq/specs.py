@@ -149,7 +149,7 @@ class LoraSpec(Spec):
     init: str = "cloq"
     rank: int = 64
     split: str = "paper"
-    rounds: int = 0
+    rounds: int = 4
     iterations: int = 5
 
     def __post_init__(self):

@@ -99,7 +99,7 @@ def lora(init: str, base: str, rank: int) -> LoraSpec:
     if init == "loftq":
         return LoraSpec(init, rank, iterations=LOFTQ_ITERATIONS.get(base, 2))
     kind, _, rounds = init.partition(", ")
-    return LoraSpec(kind, rank, rounds=int(rounds.split()[0])) if rounds else LoraSpec(kind, rank)
+    return LoraSpec(kind, rank, rounds=int(rounds.split()[0]) if rounds else 0) if kind == "cloq" else LoraSpec(kind, rank)
 
 
 def block(decoder: Decoder, index: int, reference: Variant, variants: list[Variant], shared: bool) -> None:

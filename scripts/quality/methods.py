@@ -50,8 +50,8 @@ METHODS = {
     "cloq": Method("gptq", "cloq", family="cloq"),
     "cloq-balanced": Method("gptq", "cloq", balanced=True, family="cloq"),
     "loftq": Method("own", "loftq", (("quantizer", "rtn"),)),
+    "cloq-paper": Method("own", "cloq", (("rounds", 0),), family="cloq"),
     "cloq-run": Method("own", "cloq", family="cloq"),
-    "cloq-rounds": Method("own", "cloq", (("rounds", 4),), family="cloq"),
     "gptqmodel-eora": Method("gptqmodel", "eora"),
     "peft-loftq": Method("peft", "loftq"),
 }
