@@ -9,7 +9,7 @@ from __future__ import annotations
 from cloq import linalg, lowrank
 from cloq.calibration.gram import PANEL
 from cloq.plan.work import Work
-from cloq.quantizers.descent import BLOCK as DESCENT_BLOCK
+from cloq.quantizers import descent
 from cloq.quantizers.gptq import BLOCK, INNER
 from cloq.quantizers.magr import Magr
 from cloq.specs import LoraSpec, QuantSpec
@@ -73,8 +73,8 @@ def for_the_factors(shape: Shape, rank: int) -> Work:
     """What a round of CLoQ adds: the deflated Gram matrix, and a sweep of `descend` with its gradient."""
     out, columns = shape
     return Work(
-        products=4.0 * out * columns**2 + 4.0 * rank * columns**2,
-        cached=16.0 * out * columns * DESCENT_BLOCK / 2,
+        products=3.0 * out * columns**2 + 4.0 * rank * columns**2,
+        cached=16.0 * out * columns * descent.INNER / 2 + 40.0 * out * columns,
         calls=float(_CALLS_PER_COLUMN) * columns,
     )
 

@@ -15,8 +15,11 @@ from torch import Tensor
 from cloq.quantizers import grid
 from cloq.types import QuantizedWeight
 
-BLOCK = 64
-"""Columns whose gradients are kept up to date one by one; the others get a block's changes in one product."""
+BLOCK = 128
+"""Columns whose gradients are brought up to date in one product with all changes before them."""
+
+INNER = 16
+"""Columns whose gradients are kept up to date one by one; the rest of the block gets their changes in one product."""
 
 
 def descend(quantized: QuantizedWeight, target: Tensor, gram: Tensor, sweeps: int = 1) -> QuantizedWeight:
@@ -24,25 +27,41 @@ def descend(quantized: QuantizedWeight, target: Tensor, gram: Tensor, sweeps: in
 
     Inputs whose diagonal is zero keep their codes: nothing depends on them.
     """
-    columns = quantized.group_index
-    codes = quantized.codes.float().T.contiguous()
-    scale, zero = (part.float()[:, columns].T.contiguous() for part in (quantized.scale, quantized.zero))
+    index = quantized.group_index.tolist()
+    grids = [grid.grid(*fits, quantized.bits) for fits in zip(quantized.scale.T, quantized.zero.T, strict=True)]
     gram = gram.float()
-    diagonal = gram.diagonal()
-    live = (diagonal > 0).tolist()
-    values = grid.decode(codes, scale, zero)
-    gradient = gram @ (target.float().T - values)  # one column of the weight per row, as in GPTQ
-    for _ in range(sweeps):
-        for start in range(0, len(codes), BLOCK):
-            end = min(start + BLOCK, len(codes))
-            own, moved = gradient[start:end].clone(), torch.zeros_like(values[start:end])
-            for i in range(start, end):
-                if not live[i]:
-                    continue
-                codes[i] = grid.encode(values[i] + own[i - start] / diagonal[i], scale[i], zero[i], quantized.bits)
-                decoded = grid.decode(codes[i], scale[i], zero[i])
-                moved[i - start] = decoded - values[i]
-                values[i] = decoded
-                own.addr_(gram[start:end, i], moved[i - start], alpha=-1.0)
-            gradient.addmm_(gram[:, start:end], moved, alpha=-1.0)
-    return dataclasses.replace(quantized, codes=codes.byte().T.contiguous())
+    values = quantized.dequantize().T.contiguous()  # one column of the weight per row, as in GPTQ
+    steps = (quantized.codes.float() - quantized.zero.float()[:, quantized.group_index]).T.contiguous()
+    gradient = gram @ (target.float().T - values)
+    for sweep in range(sweeps):
+        for start in range(0, len(values), BLOCK):
+            here = slice(start, min(start + BLOCK, len(values)))
+            own = [grids[g] for g in index[here]]
+            moved = _descend_block(values[here], steps[here], gradient[here].clone(), gram[here, here], own)
+            rest = slice(here.stop if sweep == sweeps - 1 else 0, None)  # nobody asks for the gradient of what is done
+            gradient[rest].addmm_(gram[rest, here], moved, alpha=-1)
+    codes = steps + quantized.zero.float()[:, quantized.group_index].T
+    return dataclasses.replace(quantized, codes=codes.T.byte().contiguous())
+
+
+def _descend_block(values: Tensor, steps: Tensor, gradient: Tensor, gram: Tensor, grids: list[grid.Grid]) -> Tensor:
+    """One sweep over a block of columns `(block, out)`, whose values and steps it replaces; returns by how much each value moved.
+
+    gradient `(block, out)` is used up. gram `(block, block)`. grids: of each column.
+    """
+    moved = torch.zeros_like(values)
+    best = torch.empty_like(values[0])
+    rows = list(zip(values.unbind(), steps.unbind(), gradient.unbind(), moved.unbind(), gram.diagonal().tolist(), grids, strict=True))
+    for first in range(0, len(rows), INNER):
+        last = min(first + INNER, len(rows))
+        for i in range(first, last):
+            value, step, slope, move, curvature, points = rows[i]
+            if curvature <= 0:
+                continue
+            points.round(torch.add(value, slope, alpha=1 / curvature, out=best), out=step)
+            torch.mul(step, points.scale, out=best)
+            torch.sub(best, value, out=move)
+            value.copy_(best)
+            gradient[i + 1 : last].addr_(gram[i + 1 : last, i], move, alpha=-1)
+        gradient[last:].addmm_(gram[last:, first:last], moved[first:last], alpha=-1)
+    return moved
