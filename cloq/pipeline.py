@@ -29,7 +29,7 @@ from cloq.store import Store
 from cloq.types import AnyQuantizedWeight, LayerMetrics, LayerResult, LayerStats, LoraFactors, WeightLayout
 
 Emit = Callable[[str, dict[str, Any]], None]
-"""Receives what happens, as a name and plain values: `start`, `replay`, `layer`, `block`, `phase`, `done`."""
+"""Receives what happens, as a name and plain values: `damaged`, `start`, `replay`, `layer`, `block`, `phase`, `done`."""
 
 EXECUTION_ONLY = ("device", "batch_tokens")
 """Settings that say how a run is executed, not what it computes; they may change between a run and its continuation."""
@@ -66,7 +66,11 @@ def quantize_blocks(
         layers = {name: layer.replace(dense=layer.dense or name not in given.names) for name, layer in layers.items()}
         if all(layer.dense for layer in layers.values()):
             raise SpecError("none of the layers that --only, --skip and the rules leave is quantized in the given base")
-    done = store.begin(manifest(spec, decoder, tokens, given), restart)
+    store.begin(manifest(spec, decoder, tokens, given), restart)
+    damage = store.discard_damaged()
+    if damage:
+        emit("damaged", {"note": damage})
+    done = store.finished()
     clock = _Clock(emit)
     total = len(decoder.blocks)
     last = max(i for i in range(total) if any(not layers[name].dense for name in decoder.linears(i)))  # behind it nobody needs activations

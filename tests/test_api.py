@@ -117,6 +117,25 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_bytes(finished, tmp_path)
     assert digest(out) == digest(finished.out)
 
 
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_a_damaged_block_is_solved_again_and_the_bytes_are_the_same(damage, finished, tmp_path):
+    out, events = tmp_path / "out", []
+    shutil.copytree(finished.out, out)
+    path = out / ".cloq/blocks/00001.safetensors"
+    content = path.read_bytes()
+    path.write_bytes({"flip": content[:-1] + bytes([content[-1] ^ 1]), "truncate": content[:1000], "remove": b""}[damage])
+    if damage == "remove":
+        path.unlink()
+    else:
+        with pytest.raises(RunError, match=r"00001\.safetensors is damaged .* run the same cloq quantize command"):
+            export(out, "dense")
+        assert not (out / "model-dense").exists()
+    run(finished.spec, out, emit=lambda event, values: events.append((event, values)))
+    assert "00001.safetensors is damaged or missing" in events[0][1]["note"] and events[0][0] == "damaged"
+    assert [v["block"] for event, v in events if event == "replay"] == [0]
+    assert digest(out) == digest(finished.out)
+
+
 def test_the_run_file_repeats_the_run(finished, tmp_path):
     spec = read_run_file(finished.out / RUN_FILE)
     assert spec == finished.spec.replace(model=str(Path(finished.spec.model).resolve()))

@@ -22,6 +22,7 @@ LAYERS = (
     {"initializers"},
     {"calibration"},
     {"models"},
+    {"checksum"},
     {"store"},
     {"pipeline"},
     {"export"},
