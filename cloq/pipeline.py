@@ -24,7 +24,7 @@ from cloq import __version__, initializers, linalg, quantizers
 from cloq.calibration import CalibrationTokens, gram_matrices, shared_inputs, topped_up
 from cloq.errors import ModelError, SpecError
 from cloq.models import Batch, Decoder, linear_shape, set_weight
-from cloq.specs import LayerSpec, LoraSpec, RunSpec, layer_spec, matches
+from cloq.specs import LayerSpec, LoraSpec, RunSpec, layer_spec, matches, shown
 from cloq.store import Store
 from cloq.types import AnyQuantizedWeight, LayerMetrics, LayerResult, LayerStats, LoraFactors, WeightLayout
 
@@ -268,7 +268,8 @@ def predicted_layouts(layers: dict[str, LayerSpec], decoder: Decoder) -> dict[st
 def manifest(spec: RunSpec, decoder: Decoder, tokens: CalibrationTokens, given: GivenBase | None = None) -> dict[str, Any]:
     """Everything that the stored bytes depend on, as JSON: a run may only be continued where all of it is the same."""
     settings = {key: value for key, value in spec.to_dict().items() if key not in (*EXECUTION_ONLY, "model", "quantized")}
-    config = json.dumps(decoder.config.to_dict(), sort_keys=True, default=str)
+    described = {key: value for key, value in decoder.config.to_dict().items() if key != "_name_or_path"}  # the folder may move
+    config = json.dumps(described, sort_keys=True, default=str)
     return {
         "settings": settings,
         "model": {"files": decoder.checkpoint.fingerprint(), "config": hashlib.sha256(config.encode()).hexdigest()},
@@ -314,8 +315,11 @@ def resolve_device(name: str) -> str:
     """`auto` → `cuda` where there is one, else `cpu`; a GPU that was asked for and is not there is a `SpecError`."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    kind = name.split(":")[0]
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    try:
+        kind, number = torch.device(name).type, torch.device(name).index or 0
+    except RuntimeError as error:
+        raise SpecError(f"device is {shown(name)}; allowed: auto, cpu, cuda, cuda:1, mps") from error
+    available = {"cpu": True, "cuda": number < torch.cuda.device_count(), "mps": torch.backends.mps.is_available()}
     if not available.get(kind, False):
         have = ", ".join(k for k, ok in available.items() if ok)
         raise SpecError(f"device {name!r} is not available here (there is: {have}); use --device auto, or install the torch build for it")

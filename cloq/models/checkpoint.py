@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cloq.errors import ModelError
+from cloq.specs import shown
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -58,13 +59,13 @@ class Checkpoint:
         index = self.folder / INDEX
         if index.exists():
             try:
-                names = sorted(set(json.loads(index.read_text("utf8"))["weight_map"].values()))
-            except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+                names = sorted(set(json.loads(index.read_text("utf8"))["weight_map"].values()), key=str)
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
                 raise ModelError(f"{index} is not a valid safetensors index ({error}); fetch the model again") from error
             for name in names:
-                if not isinstance(name, str) or Path(name).name != name:
+                if not isinstance(name, str) or Path(name).name != name or not name.isprintable():
                     raise ModelError(
-                        f"{index} names the shard {name!r}, which is not a plain file name; the checkpoint is refused"
+                        f"{index} names the shard {shown(name)}, which is not a plain file name; the checkpoint is refused"
                     )
             return [self.folder / name for name in names]
         if (self.folder / SINGLE).exists():
@@ -79,10 +80,10 @@ class Checkpoint:
 
     def _handle(self, path: Path):
         if path not in self._open:
-            if not path.exists():
-                raise ModelError(f"the shard {path.name} is missing from {self.folder}; fetch the model again")
             try:
                 self._open[path] = safe_open(path, framework="pt")
+            except FileNotFoundError as error:
+                raise ModelError(f"the shard {path.name} is missing from {self.folder}; fetch the model again") from error
             except (SafetensorError, OSError) as error:
                 raise ModelError(f"{path} cannot be read ({error}); it is truncated or damaged: fetch it again") from error
         return self._open[path]

@@ -42,6 +42,21 @@ def test_config_that_is_none(text, tmp_path):
         Decoder(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("setting", "value", "said"),
+    [
+        ("num_key_value_heads", {}, "num_key_value_heads.*expected int"),
+        ("hidden_size", "../..", "hidden_size.*expected int"),
+        ("num_attention_heads", 2**64, "not a multiple"),
+        ("hidden_act", "x" * 10_000, "is not a causal language model that transformers can build"),
+    ],
+)
+def test_odd_values_of_a_config(setting, value, said, tmp_path):
+    with pytest.raises(ModelError, match=said) as caught:
+        Decoder(configured(save_tiny("llama", tmp_path), **{setting: value}))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+
+
 def test_unknown_model_type(tmp_path):
     with pytest.raises(ModelError, match=r"does not describe a model that transformers knows.*nosuchmodel"):
         Decoder(configured(save_tiny("llama", tmp_path), model_type="nosuchmodel"))
@@ -142,5 +157,13 @@ def test_tokenizer(tmp_path):
     assert len(ids) == len(text.encode()) and tokenizer.decode(ids) == text
     for path in tmp_path.glob("tokenizer*"):
         path.unlink()
+    with pytest.raises(ModelError, match="no usable tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_that_makes_no_tokens(tmp_path):
+    save_tiny("llama", tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": "long"}))
     with pytest.raises(ModelError, match="no usable tokenizer"):
         load_tokenizer(tmp_path)
