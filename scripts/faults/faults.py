@@ -209,19 +209,20 @@ def _half_done(bench: Bench, folder: Path, draw: random.Random) -> Path:
 
 
 def _after_block(at: int, happens: Callable[[], object], run: Callable[[], int]) -> Callable[[], int]:
-    """The run, in which something happens once that block is on the disk."""
+    """The run, in which something happens once that block is done with and its files are closed. While they are open they are mapped into
+    memory: a file that is cut short just then ends the process by a signal, as a kill does."""
 
     def disturbed() -> int:
-        from cloq.store import Store
+        from cloq.models import Decoder
 
-        write = Store.write
+        drop = Decoder.drop_block
 
-        def and_then(store: Store, index: int, results: dict) -> None:
-            write(store, index, results)
+        def and_then(decoder: Decoder, index: int) -> None:
+            drop(decoder, index)
             if index == at:
                 happens()
 
-        Store.write = and_then
+        Decoder.drop_block = and_then
         return run()
 
     return disturbed

@@ -6,9 +6,9 @@ A process is forked from this one, which has everything imported: a second inste
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -18,6 +18,9 @@ from pathlib import Path
 RIGHT, REFUSED, WRONG = "right", "refused", "wrong"
 PATIENCE = 120
 """Seconds after which a command is taken for hung."""
+
+SAID = 1 << 20
+"""Bytes that a process may write to standard error; one that goes on is taken for hung."""
 
 CRASHED = 70
 """Exit code of a process in which something was raised that the command line does not catch."""
@@ -43,12 +46,13 @@ class Process:
     """A function in a forked process. It may return an exit code; `None` is 0."""
 
     def __init__(self, function: Callable[[], int | None]):
-        self._output = tempfile.TemporaryFile()  # noqa: SIM115 - closed in `ended`
+        self._said, writing = os.pipe()  # no file, which a trial's limits would apply to
+        fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, SAID)
         self.pid = os.fork()
         if self.pid == 0:
             code = CRASHED
             try:
-                os.dup2(self._output.fileno(), 2)
+                os.dup2(writing, 2)
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
                 code = function() or 0
             except BaseException:
@@ -57,6 +61,7 @@ class Process:
                 with contextlib.suppress(Exception):
                     os.sys.stderr.flush()
                 os._exit(code)
+        os.close(writing)
 
     def kill_after(self, seconds: float) -> None:
         """SIGKILL at that moment, unless the process has ended by then."""
@@ -75,9 +80,8 @@ class Process:
         """Waits for it, at most `PATIENCE` seconds."""
         self.kill_after(PATIENCE)
         _, status = os.waitpid(self.pid, 0)
-        self._output.seek(0)
-        said = self._output.read().decode("utf8", "replace")
-        self._output.close()
+        with open(self._said, "rb") as output:
+            said = output.read().decode("utf8", "replace")
         return Ended(os.waitstatus_to_exitcode(status), said)
 
 
