@@ -23,16 +23,20 @@ from torch import Tensor, nn
 from cloq import __version__, initializers, linalg, quantizers
 from cloq.calibration import CalibrationTokens, gram_matrices, shared_inputs, topped_up
 from cloq.errors import ModelError, SpecError
+from cloq.memory import in_smaller_batches
 from cloq.models import Batch, Decoder, linear_shape, set_weight
 from cloq.specs import LayerSpec, LoraSpec, RunSpec, layer_spec, matches, shown
 from cloq.store import Store
 from cloq.types import AnyQuantizedWeight, LayerMetrics, LayerResult, LayerStats, LoraFactors, WeightLayout
 
 Emit = Callable[[str, dict[str, Any]], None]
-"""Receives what happens, as a name and plain values: `damaged`, `start`, `replay`, `layer`, `block`, `phase`, `done`."""
+"""Receives what happens, as a name and plain values: `damaged`, `memory`, `start`, `replay`, `layer`, `block`, `phase`, `done`."""
 
 EXECUTION_ONLY = ("device", "batch_tokens")
 """Settings that say how a run is executed, not what it computes; they may change between a run and its continuation."""
+
+FORWARDS = ("embed", "capture", "propagate")
+"""Phases whose memory grows with the micro-batch."""
 
 SPECTRUM_POINTS = 32
 
@@ -70,8 +74,27 @@ def quantize_blocks(
     damage = store.discard_damaged()
     if damage:
         emit("damaged", {"note": damage})
-    done = store.finished()
     clock = _Clock(emit)
+
+    def attempt(sequences: int) -> None:
+        _run_blocks(spec.replace(batch_tokens=sequences * seq_len), decoder, tokens, store, layers, clock, emit, given)
+
+    def shrunk(sequences: int) -> None:
+        decoder.drop_all()
+        store.keep_batch(sequences)
+        emit("memory", {"note": f"out of memory in the phase {clock.phase!r}: going on with {sequences} sequences to a forward"})
+
+    samples, seq_len = tokens.calibration.shape
+    start = min(samples, max(1, spec.batch_tokens // seq_len), store.kept_batch() or samples)
+    in_smaller_batches(attempt, start, lambda: clock.phase in FORWARDS, shrunk)
+
+
+def _run_blocks(
+    spec: RunSpec, decoder: Decoder, tokens: CalibrationTokens, store: Store, layers: dict[str, LayerSpec], clock: _Clock, emit: Emit,
+    given: GivenBase | None,
+) -> None:  # fmt: skip
+    """The loop itself, from the first block that is not stored."""
+    done = store.finished()
     total = len(decoder.blocks)
     last = max(i for i in range(total) if any(not layers[name].dense for name in decoder.linears(i)))  # behind it nobody needs activations
     emit("start", {"blocks": total, "finished": done, "layers": sum(not s.dense for s in layers.values())})
@@ -105,7 +128,8 @@ def _solve_block(
     calibration: list[Batch], heldout: list[Batch], clock: _Clock, emit: Emit, given: GivenBase | None,
 ) -> dict[str, LayerResult]:  # fmt: skip
     wanted = {name: module for name, module in linears.items() if not layers[name].dense}
-    groups = shared_inputs(lambda: decoder.run_block(index, calibration[0]), wanted)
+    with clock("capture"):
+        groups = shared_inputs(lambda: decoder.run_block(index, calibration[0]), wanted)
     rounds = decoder.rounds(groups, one_by_one=spec.sequential and spec.propagate != "dense")
     results: dict[str, LayerResult] = {}
     for together in rounds:  # one forward per round; later rounds see the layers of earlier ones already quantized
@@ -297,9 +321,10 @@ class _Clock:
 
     def __init__(self, emit: Emit):
         self._emit = emit
+        self.phase = ""
 
     def __call__(self, phase: str) -> _Clock:
-        self._phase = phase
+        self.phase = phase
         return self
 
     def __enter__(self) -> None:
@@ -308,7 +333,7 @@ class _Clock:
     def __exit__(self, *exc: object) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self._emit("phase", {"phase": self._phase, "seconds": time.perf_counter() - self._started})
+        self._emit("phase", {"phase": self.phase, "seconds": time.perf_counter() - self._started})
 
 
 def resolve_device(name: str) -> str:

@@ -2,6 +2,7 @@
 
 OUT/.cloq/manifest.json         what the run is: settings, versions, fingerprints of the model and of the calibration tokens
 OUT/.cloq/blocks/00007.safetensors   one finished block: packed codes, scales, zero points, factors; metrics and a checksum in its header
+OUT/.cloq/batch.json            sequences to a forward, where memory did not suffice for as many as were asked for
 OUT/.cloq/lock                  held while a run writes here
 
 A stored block is never used unless its checksum is that of its bytes. One that is damaged or gone is solved again, and so are all behind
@@ -40,6 +41,7 @@ from cloq.types import (
 )
 
 FOLDER = ".cloq"
+BATCH_FILE = "batch.json"
 
 
 class RunFolder:
@@ -151,6 +153,23 @@ class Store(RunFolder):
                 what = str(error).partition("; ")[0]
                 return f"{what}: {f'it and the {stored[-1] - index} behind it are' if stored[-1] > index else 'it is'} solved again"
         return None
+
+    # -- how it is executed --------------------------------------------------------------------------------------------
+
+    def kept_batch(self) -> int | None:
+        """The sequences to a forward that an earlier attempt had to go down to; `None` where it had not."""
+        path = self.folder / BATCH_FILE
+        if not path.exists():
+            return None
+        try:
+            return max(1, int(json.loads(path.read_text("utf8"))["sequences"]))
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise RunError(f"{path} is damaged ({error}); start over with --restart") from error
+
+    def keep_batch(self, sequences: int) -> None:
+        """Every continuation goes on with so many, and ends with the same bytes as if it had not been interrupted."""
+        with writing(self.out):
+            write_atomically(self.folder / BATCH_FILE, json.dumps({"sequences": sequences}).encode())
 
     # -- blocks --------------------------------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ LAYERS = (
     {"models"},
     {"checksum"},
     {"store"},
+    {"memory"},
     {"pipeline"},
     {"export"},
     {"frozen"},

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 Emit = Callable[[str, dict[str, Any]], None]
 
-WARNINGS = ("damaged",)
+WARNINGS = ("damaged", "memory")
 """Events that are told in every mode."""
 
 
