@@ -63,6 +63,9 @@ def _gathered(findings: Iterator[Finding], about: str) -> list[Finding]:
             found.append(finding)
     except CloqError as error:
         found.append(Finding(False, f"{about}: {error}"))
+    except Exception as error:  # what is looked into may be damaged in any way; that it cannot be looked into is the finding
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        found.append(Finding(False, f"{about}: cannot be looked into ({reason}); make it again: run the same cloq quantize command"))
     return found
 
 

@@ -181,3 +181,22 @@ def test_a_base_alone(made, tmp_path):
     assert all(finding.ok for finding in check_base(made / "model"))
     [finding] = check_base(tmp_path)
     assert not finding.ok and "has no config.json" in finding.what
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("model/config.json", lambda c: c["quantization_config"].update(group_size=[])),
+        ("model/config.json", lambda c: c["quantization_config"].update(block_name_to_quantize=[[]])),
+        ("model/config.json", lambda c: c["quantization_config"].update(modules_in_block_to_quantize=[3])),
+        ("model/config.json", lambda c: c["quantization_config"].update(quant_method=["gptq"])),
+        ("model/config.json", lambda c: c.update(quantization_config="gptq")),
+        ("adapter/adapter_config.json", lambda c: c.update(layers_to_transform=0.5)),
+        ("adapter/adapter_config.json", lambda c: c.update(target_modules="[")),
+        (".cloq/manifest.json", lambda c: c.pop("settings")),
+    ],
+)
+def test_odd_settings_are_findings_and_nothing_falls_over(part, change, out):
+    edit_json(out / part, change)
+    found = failed(out)
+    assert found and all("\n" not in what for what in found)
