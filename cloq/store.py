@@ -137,22 +137,31 @@ class Store(RunFolder):
                 leftover.unlink(missing_ok=True)
         return self.finished()
 
-    def discard_damaged(self) -> str | None:
-        """Removes the first stored block that is damaged or missing and all behind it, so that they are solved again; says what was found,
-        or `None` where all is well. Reads every stored byte."""
-        stored = sorted(int(path.stem) for path in self.blocks.glob("[0-9]*.safetensors"))
+    def damage(self) -> Damage | None:
+        """The first stored block that is damaged or missing; `None` where all is well. Reads every stored byte."""
+        stored = self._stored()
         for index in range(stored[-1] + 1 if stored else 0):
             try:
                 with self._verified(index):
                     pass
             except RunError as error:
-                behind = [other for other in stored if other >= index]
-                with writing(self.out):
-                    for other in reversed(behind):  # the last first: whenever this is interrupted, what is left is whole or found again
-                        self._path(other).unlink()
-                what = str(error).partition("; ")[0]
-                return f"{what}: {f'it and the {stored[-1] - index} behind it are' if stored[-1] > index else 'it is'} solved again"
+                return Damage(index, str(error))
         return None
+
+    def discard_damaged(self) -> str | None:
+        """Removes the first damaged block and all behind it, so that they are solved again; says what was found, or `None`."""
+        damage = self.damage()
+        if damage is None:
+            return None
+        behind = [index for index in self._stored() if index >= damage.index]
+        with writing(self.out):
+            for index in reversed(behind):  # the last first: wherever this is interrupted, what is left is whole or found again
+                self._path(index).unlink()
+        further = behind[-1] - damage.index
+        return f"{damage.message.partition('; ')[0]}: {f'it and the {further} behind it are' if further else 'it is'} solved again"
+
+    def _stored(self) -> list[int]:
+        return sorted(int(path.stem) for path in self.blocks.glob("[0-9]*.safetensors"))
 
     # -- how it is executed --------------------------------------------------------------------------------------------
 
@@ -225,6 +234,13 @@ class Store(RunFolder):
                 f"the stored block {path} is damaged or missing ({reason}); run the same cloq quantize command again: it is solved again, "
                 "with all behind it"
             ) from error
+
+
+class Damage(NamedTuple):
+    """A stored block that cannot be used. message: which file, why, and what to do."""
+
+    index: int
+    message: str
 
 
 class LayerSummary(NamedTuple):

@@ -118,16 +118,23 @@ class Checkpoint:
         """SHA-256 over every shard's header and size and a sample of its bytes: another checkpoint is noticed without reading
         all of it."""
         digest = hashlib.sha256()
-        for path in sorted(set(self._files.values())):
-            size = path.stat().st_size
-            digest.update(f"{path.name}:{size}".encode())
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                digest.update(file.read(min(length, 1 << 26)))
-                for position in range(8 + length, size, max(1, (size - 8 - length) // 256)):
-                    file.seek(position)
-                    digest.update(file.read(4096))
+        try:
+            for path in sorted(set(self._files.values())):
+                self._digest(path, digest)
+        except OSError as error:
+            raise ModelError(f"{path} cannot be read ({error.strerror or error}); fetch the model again") from error
         return digest.hexdigest()
+
+    @staticmethod
+    def _digest(path: Path, digest: hashlib._Hash) -> None:
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}".encode())
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            digest.update(file.read(min(length, 1 << 26)))
+            for position in range(8 + length, size, max(1, (size - 8 - length) // 256)):
+                file.seek(position)
+                digest.update(file.read(4096))
 
 
 def check_finite(tensor: Tensor, name: str) -> Tensor:

@@ -75,6 +75,14 @@ def test_missing_shard(tmp_path):
         Decoder(folder)
 
 
+def test_a_shard_that_vanishes_after_opening(tmp_path):
+    folder, shards = sharded(tmp_path)
+    files = Checkpoint(folder)
+    shards[1].unlink()
+    with pytest.raises(ModelError, match=f"{shards[1].name} cannot be read .No such file.*fetch the model again"):
+        files.fingerprint()
+
+
 @pytest.mark.parametrize("left", [0, 4, 100, -1])
 def test_truncated_shard(left, tmp_path):
     folder, shards = sharded(tmp_path)
