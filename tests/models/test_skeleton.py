@@ -167,3 +167,19 @@ def test_a_tokenizer_that_makes_no_tokens(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": "long"}))
     with pytest.raises(ModelError, match="no usable tokenizer"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("where", ["tokenizer", "../tokenizer", "/tmp/tokenizer", "someone/else--tokenizer"])
+def test_code_of_a_tokenizer_does_not_run_unasked(where, tmp_path):
+    """Named in its settings, beside it or elsewhere: refused, or left aside for the library's own class."""
+    folder = save_tiny("llama", tmp_path / "model")
+    for place in (folder, tmp_path):
+        (place / "tokenizer.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Odd: pass\n")
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text()) | {"tokenizer_class": "Odd", "auto_map": {"AutoTokenizer": [f"{where}.Odd", f"{where}.Odd"]}}
+    path.write_text(json.dumps(settings))
+    try:
+        assert load_tokenizer(folder)("a").input_ids
+    except ModelError as error:
+        assert "no usable tokenizer" in str(error)
+    assert not (tmp_path / "ran").exists()
