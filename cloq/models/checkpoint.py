@@ -118,8 +118,10 @@ class Checkpoint:
         """SHA-256 over every shard's header and size and a sample of its bytes: another checkpoint is noticed without reading
         all of it."""
         digest = hashlib.sha256()
+        self.release()
         try:
             for path in sorted(set(self._files.values())):
+                self._handle(path)  # opened anew: a shard that was cut short in the meantime is refused, not taken for another model
                 self._digest(path, digest)
         except OSError as error:
             raise ModelError(f"{path} cannot be read ({error.strerror or error}); fetch the model again") from error

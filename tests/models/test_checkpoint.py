@@ -79,7 +79,10 @@ def test_a_shard_that_vanishes_after_opening(tmp_path):
     folder, shards = sharded(tmp_path)
     files = Checkpoint(folder)
     shards[1].unlink()
-    with pytest.raises(ModelError, match=f"{shards[1].name} cannot be read .No such file.*fetch the model again"):
+    with pytest.raises(ModelError, match=f"{shards[1].name} is missing.*fetch the model again"):
+        files.fingerprint()
+    shards[0].write_bytes(shards[0].read_bytes()[:1000])
+    with pytest.raises(ModelError, match=f"{shards[0].name} cannot be read.*truncated or damaged"):
         files.fingerprint()
 
 
