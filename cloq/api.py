@@ -216,8 +216,9 @@ def read_settings(path: Path, kind: type[AnySpec], maker: str) -> AnySpec:
         values = yaml.safe_load(path.read_text("utf8"))
     except FileNotFoundError as error:
         raise RunError(f"{path} does not exist; a finished run has one ({maker} writes it)") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SpecError(f"{path} cannot be read as a run file ({str(error).splitlines()[0]})") from error
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: no UTF-8, no such date, a number too long
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise SpecError(f"{path} cannot be read as a run file ({reason})") from error
     if not isinstance(values, dict) or not isinstance(values.get("settings"), dict):
         raise SpecError(f"{path} is not a run file: it needs a mapping `settings`, as in the {path.name} that {maker} writes")
     try:

@@ -52,7 +52,13 @@ def check(out: str | Path) -> list[Finding]:
         of_folder = check_base(folder)
         fine = all(finding.ok for finding in of_folder)
         findings += of_folder + (_gathered(_against_store(store, folder), folder.name) if fine else [])
-    return findings + _gathered(_check_adapter(adapter, base, store), "adapter")
+    return findings + _gathered(_check_adapter(adapter, base, store), "adapter") + _gathered(_check_store(store), "stored blocks")
+
+
+def _check_store(store: Store) -> Iterator[Finding]:
+    if store.finished():
+        damage = store.damage()
+        yield Finding(damage is None, damage.message if damage else f"stored blocks: all {store.finished()} are as they were written")
 
 
 def _gathered(findings: Iterator[Finding], about: str) -> list[Finding]:
@@ -63,6 +69,9 @@ def _gathered(findings: Iterator[Finding], about: str) -> list[Finding]:
             found.append(finding)
     except CloqError as error:
         found.append(Finding(False, f"{about}: {error}"))
+    except Exception as error:  # what is looked into may be damaged in any way; that it cannot be looked into is the finding
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        found.append(Finding(False, f"{about}: cannot be looked into ({reason}); make it again: run the same cloq quantize command"))
     return found
 
 

@@ -5,6 +5,7 @@ The low-rank solve has its own module, `lowrank`.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -76,7 +77,7 @@ def damped_cholesky(gram: Tensor, damping: float, attempts: int = 8) -> DampedCh
 
 def largest_eigenvalue(gram: Tensor, steps: int = 24) -> float:
     """λmax of a positive semi-definite `(in, in)` matrix by Lanczos from a fixed start: from below, usually within 0.1 %."""
-    gram = gram.float()
+    gram, scale = scaled(gram.float())
     vector = torch.randn(gram.shape[0], generator=torch.Generator().manual_seed(0)).to(gram)
     basis = (vector / vector.norm())[:, None]
     images = gram @ basis
@@ -89,4 +90,14 @@ def largest_eigenvalue(gram: Tensor, steps: int = 24) -> float:
             break
         basis = torch.cat([basis, following / norm], dim=1)
         images = torch.cat([images, gram @ basis[:, -1:]], dim=1)
-    return float(torch.linalg.eigvalsh(symmetric(basis.T @ images).double())[-1].clamp_min(0))
+    return scale * float(torch.linalg.eigvalsh(symmetric(basis.T @ images).double())[-1].clamp_min(0))
+
+
+def scaled(gram: Tensor) -> tuple[Tensor, float]:
+    """`(G / s, s)` with `s` a power of two near the largest diagonal entry, where squares of what `G` holds would leave float32; else
+    `(G, 1)`. A power of two changes no digit."""
+    peak = float(gram.diagonal().max())
+    if peak <= 0 or 1e-16 < peak < 1e16:
+        return gram, 1.0
+    scale = 2.0 ** math.frexp(peak)[1]
+    return (gram.double() / scale).float(), scale

@@ -23,16 +23,20 @@ from torch import Tensor, nn
 from cloq import __version__, initializers, linalg, quantizers
 from cloq.calibration import CalibrationTokens, gram_matrices, shared_inputs, topped_up
 from cloq.errors import ModelError, SpecError
+from cloq.memory import in_smaller_batches
 from cloq.models import Batch, Decoder, linear_shape, set_weight
-from cloq.specs import LayerSpec, LoraSpec, RunSpec, layer_spec, matches
+from cloq.specs import LayerSpec, LoraSpec, RunSpec, layer_spec, matches, shown
 from cloq.store import Store
 from cloq.types import AnyQuantizedWeight, LayerMetrics, LayerResult, LayerStats, LoraFactors, WeightLayout
 
 Emit = Callable[[str, dict[str, Any]], None]
-"""Receives what happens, as a name and plain values: `start`, `replay`, `layer`, `block`, `phase`, `done`."""
+"""Receives what happens, as a name and plain values: `damaged`, `memory`, `start`, `replay`, `layer`, `block`, `phase`, `done`."""
 
 EXECUTION_ONLY = ("device", "batch_tokens")
 """Settings that say how a run is executed, not what it computes; they may change between a run and its continuation."""
+
+FORWARDS = ("embed", "capture", "propagate")
+"""Phases whose memory grows with the micro-batch."""
 
 SPECTRUM_POINTS = 32
 
@@ -66,8 +70,31 @@ def quantize_blocks(
         layers = {name: layer.replace(dense=layer.dense or name not in given.names) for name, layer in layers.items()}
         if all(layer.dense for layer in layers.values()):
             raise SpecError("none of the layers that --only, --skip and the rules leave is quantized in the given base")
-    done = store.begin(manifest(spec, decoder, tokens, given), restart)
+    store.begin(manifest(spec, decoder, tokens, given), restart)
+    damage = store.discard_damaged()
+    if damage:
+        emit("damaged", {"note": damage})
     clock = _Clock(emit)
+
+    def attempt(sequences: int) -> None:
+        _run_blocks(spec.replace(batch_tokens=sequences * seq_len), decoder, tokens, store, layers, clock, emit, given)
+
+    def shrunk(sequences: int) -> None:
+        decoder.drop_all()
+        store.keep_batch(sequences)
+        emit("memory", {"note": f"out of memory in the phase {clock.phase!r}: going on with {sequences} sequences to a forward"})
+
+    samples, seq_len = tokens.calibration.shape
+    start = min(samples, max(1, spec.batch_tokens // seq_len), store.kept_batch() or samples)
+    in_smaller_batches(attempt, start, lambda: clock.phase in FORWARDS, shrunk)
+
+
+def _run_blocks(
+    spec: RunSpec, decoder: Decoder, tokens: CalibrationTokens, store: Store, layers: dict[str, LayerSpec], clock: _Clock, emit: Emit,
+    given: GivenBase | None,
+) -> None:  # fmt: skip
+    """The loop itself, from the first block that is not stored."""
+    done = store.finished()
     total = len(decoder.blocks)
     last = max(i for i in range(total) if any(not layers[name].dense for name in decoder.linears(i)))  # behind it nobody needs activations
     emit("start", {"blocks": total, "finished": done, "layers": sum(not s.dense for s in layers.values())})
@@ -101,7 +128,8 @@ def _solve_block(
     calibration: list[Batch], heldout: list[Batch], clock: _Clock, emit: Emit, given: GivenBase | None,
 ) -> dict[str, LayerResult]:  # fmt: skip
     wanted = {name: module for name, module in linears.items() if not layers[name].dense}
-    groups = shared_inputs(lambda: decoder.run_block(index, calibration[0]), wanted)
+    with clock("capture"):
+        groups = shared_inputs(lambda: decoder.run_block(index, calibration[0]), wanted)
     rounds = decoder.rounds(groups, one_by_one=spec.sequential and spec.propagate != "dense")
     results: dict[str, LayerResult] = {}
     for together in rounds:  # one forward per round; later rounds see the layers of earlier ones already quantized
@@ -264,7 +292,8 @@ def predicted_layouts(layers: dict[str, LayerSpec], decoder: Decoder) -> dict[st
 def manifest(spec: RunSpec, decoder: Decoder, tokens: CalibrationTokens, given: GivenBase | None = None) -> dict[str, Any]:
     """Everything that the stored bytes depend on, as JSON: a run may only be continued where all of it is the same."""
     settings = {key: value for key, value in spec.to_dict().items() if key not in (*EXECUTION_ONLY, "model", "quantized")}
-    config = json.dumps(decoder.config.to_dict(), sort_keys=True, default=str)
+    described = {key: value for key, value in decoder.config.to_dict().items() if key != "_name_or_path"}  # the folder may move
+    config = json.dumps(described, sort_keys=True, default=str)
     return {
         "settings": settings,
         "model": {"files": decoder.checkpoint.fingerprint(), "config": hashlib.sha256(config.encode()).hexdigest()},
@@ -292,9 +321,10 @@ class _Clock:
 
     def __init__(self, emit: Emit):
         self._emit = emit
+        self.phase = ""
 
     def __call__(self, phase: str) -> _Clock:
-        self._phase = phase
+        self.phase = phase
         return self
 
     def __enter__(self) -> None:
@@ -303,15 +333,18 @@ class _Clock:
     def __exit__(self, *exc: object) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self._emit("phase", {"phase": self._phase, "seconds": time.perf_counter() - self._started})
+        self._emit("phase", {"phase": self.phase, "seconds": time.perf_counter() - self._started})
 
 
 def resolve_device(name: str) -> str:
     """`auto` → `cuda` where there is one, else `cpu`; a GPU that was asked for and is not there is a `SpecError`."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    kind = name.split(":")[0]
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    try:
+        kind, number = torch.device(name).type, torch.device(name).index or 0
+    except RuntimeError as error:
+        raise SpecError(f"device is {shown(name)}; allowed: auto, cpu, cuda, cuda:1, mps") from error
+    available = {"cpu": True, "cuda": number < torch.cuda.device_count(), "mps": torch.backends.mps.is_available()}
     if not available.get(kind, False):
         have = ", ".join(k for k, ok in available.items() if ok)
         raise SpecError(f"device {name!r} is not available here (there is: {have}); use --device auto, or install the torch build for it")

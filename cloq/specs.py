@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import math
+import reprlib
 import types
 import typing
 from collections.abc import Mapping
@@ -40,9 +42,23 @@ def require(condition: bool, message: str) -> None:
         raise SpecError(message)
 
 
+def shown(value: Any) -> str:
+    """A value for a message: its `repr`, cut where it is long. Few lines of YAML can hold a value whose whole `repr` fills the memory."""
+    return _SHORT.repr(value)
+
+
+class _Short(reprlib.Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        return repr(x) if x.bit_length() <= 128 else f"a number of {x.bit_length()} bits"  # Python refuses to write more than 4300 digits
+
+
+_SHORT = _Short()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 120, 120
+
+
 def one_of(name: str, value: Any, allowed: tuple) -> None:
     """Raises `SpecError` for a value that is not among the allowed ones."""
-    require(value in allowed, f"{name} is {value!r}; allowed: {', '.join('channel' if a is None else str(a) for a in allowed)}")
+    require(value in allowed, f"{name} is {shown(value)}; allowed: {', '.join('channel' if a is None else str(a) for a in allowed)}")
 
 
 def _refuse_ignored(spec: Any, kind: str, settings: dict[str, tuple[str, ...]]) -> None:
@@ -69,8 +85,8 @@ class Spec:
         """Raises `SpecError` for an unknown key or a value of the wrong kind."""
         require(isinstance(values, Mapping), f"{cls.__name__} needs a mapping, got {type(values).__name__}")
         hints = typing.get_type_hints(cls)
-        unknown = sorted(set(values) - set(hints))
-        require(not unknown, f"unknown setting {', '.join(map(repr, unknown))} in {cls.__name__}; known: {', '.join(hints)}")
+        unknown = sorted(map(shown, set(values) - set(hints)))
+        require(not unknown, f"unknown setting {', '.join(unknown)} in {cls.__name__}; known: {', '.join(hints)}")
         return cls(**{key: _parse(hints[key], value, f"{cls.__name__}.{key}") for key, value in values.items()})
 
     def replace(self, **changes):
@@ -89,14 +105,15 @@ def _parse(hint: Any, value: Any, where: str) -> Any:
     if isinstance(hint, type) and issubclass(hint, Spec):
         return value if isinstance(value, hint) else hint.from_dict(value)
     if origin is tuple:
-        require(isinstance(value, (list, tuple)), f"{where} needs a list, got {value!r}")
+        require(isinstance(value, (list, tuple)), f"{where} needs a list, got {shown(value)}")
         return tuple(_parse(arguments[0], item, where) for item in value)
     allowed = arguments if origin in (typing.Union, types.UnionType) else (hint,)
+    require(not isinstance(value, int) or value.bit_length() <= 64, f"{where} is {shown(value)}; it has to fit into 64 bits")
     if float in allowed and isinstance(value, int) and not isinstance(value, bool):
         value = float(value) if int not in allowed else value
     fits = any(value is None if a is type(None) else type(value) is a for a in allowed)
     names = " or ".join("null" if a is type(None) else a.__name__ for a in allowed)
-    require(fits, f"{where} needs {names}, got {value!r}")
+    require(fits, f"{where} needs {names}, got {shown(value)}")
     return value
 
 
@@ -132,7 +149,8 @@ class QuantSpec(Spec):
         )
         require(self.quantizer != "nf4" or self.group_size == 64, "nf4 uses blocks of 64 values; set group_size to 64")
         require(0 <= self.damping <= 1, f"damping is {self.damping}; it is relative to the mean diagonal, between 0 and 1 (0.01 is usual)")
-        require(self.magr_alpha is None or self.magr_alpha > 0, f"magr_alpha is {self.magr_alpha}; it must be positive")
+        alpha = self.magr_alpha
+        require(alpha is None or 0 < alpha < math.inf, f"magr_alpha is {alpha}; it must be positive and finite")
         require(self.magr_alpha is None or self.magr, f"magr_alpha is {self.magr_alpha}, but magr is off; add --magr or leave it out")
         _refuse_ignored(self, "quantizer", QUANTIZER_SETTINGS)
 
@@ -182,6 +200,7 @@ class CalibSpec(Spec):
         require(bool(self.source.strip()), "the calibration source is empty; name one, such as --calib wikitext2 or --calib text.jsonl")
         require(1 <= self.samples <= 1_000_000, f"calibration samples is {self.samples}; allowed: 1 to 1000000 (128 is usual)")
         require(8 <= self.seq_len <= 1_000_000, f"seq_len is {self.seq_len}; allowed: 8 to the model's context (2048 is usual)")
+        require(-(2**63) <= self.seed < 2**64, f"seed is {shown(self.seed)}; it is a number of 64 bits")
         require(0 <= self.heldout <= 1, f"heldout is {self.heldout}; it is a share of the samples between 0 and 1")
 
     @property

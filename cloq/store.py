@@ -1,8 +1,12 @@
 """Finished blocks on disk: written atomically, never recomputed, and only ever continued by a run with the same settings.
 
 OUT/.cloq/manifest.json         what the run is: settings, versions, fingerprints of the model and of the calibration tokens
-OUT/.cloq/blocks/00007.safetensors   one finished block: packed codes, scales, zero points, factors; metrics in its header
+OUT/.cloq/blocks/00007.safetensors   one finished block: packed codes, scales, zero points, factors; metrics and a checksum in its header
+OUT/.cloq/batch.json            sequences to a forward, where memory did not suffice for as many as were asked for
 OUT/.cloq/lock                  held while a run writes here
+
+A stored block is never used unless its checksum is that of its bytes. One that is damaged or gone is solved again, and so are all behind
+it, which were calibrated on what it was.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cloq import packing
+from cloq.checksum import BLANK, DamageError, seal, verify
 from cloq.errors import RunError
 from cloq.types import (
     AnyQuantizedWeight,
@@ -36,6 +41,7 @@ from cloq.types import (
 )
 
 FOLDER = ".cloq"
+BATCH_FILE = "batch.json"
 
 
 class RunFolder:
@@ -122,13 +128,57 @@ class Store(RunFolder):
         self.blocks = self.folder / "blocks"
 
     def begin(self, manifest: dict[str, Any], restart: bool = False) -> int:
-        """Prepares the folder for a run and returns how many blocks are finished already. Errors as of `claim`."""
+        """Prepares the folder for a run and returns how many blocks are finished already. Errors as of `claim`. Those are not looked into;
+        see `discard_damaged`."""
         self.claim(manifest, restart)
         with writing(self.out):
             self.blocks.mkdir(exist_ok=True)
             for leftover in self.blocks.glob(".*tmp*"):  # ours and the library's, of a run that was killed while it wrote
                 leftover.unlink(missing_ok=True)
         return self.finished()
+
+    def damage(self) -> Damage | None:
+        """The first stored block that is damaged or missing; `None` where all is well. Reads every stored byte."""
+        stored = self._stored()
+        for index in range(stored[-1] + 1 if stored else 0):
+            try:
+                with self._verified(index):
+                    pass
+            except RunError as error:
+                return Damage(index, str(error))
+        return None
+
+    def discard_damaged(self) -> str | None:
+        """Removes the first damaged block and all behind it, so that they are solved again; says what was found, or `None`."""
+        damage = self.damage()
+        if damage is None:
+            return None
+        behind = [index for index in self._stored() if index >= damage.index]
+        with writing(self.out):
+            for index in reversed(behind):  # the last first: wherever this is interrupted, what is left is whole or found again
+                self._path(index).unlink()
+        further = behind[-1] - damage.index
+        return f"{damage.message.partition('; ')[0]}: {f'it and the {further} behind it are' if further else 'it is'} solved again"
+
+    def _stored(self) -> list[int]:
+        return sorted(int(path.stem) for path in self.blocks.glob("[0-9]*.safetensors"))
+
+    # -- how it is executed --------------------------------------------------------------------------------------------
+
+    def kept_batch(self) -> int | None:
+        """The sequences to a forward that an earlier attempt had to go down to; `None` where it had not."""
+        path = self.folder / BATCH_FILE
+        if not path.exists():
+            return None
+        try:
+            return max(1, int(json.loads(path.read_text("utf8"))["sequences"]))
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise RunError(f"{path} is damaged ({error}); start over with --restart") from error
+
+    def keep_batch(self, sequences: int) -> None:
+        """Every continuation goes on with so many, and ends with the same bytes as if it had not been interrupted."""
+        with writing(self.out):
+            write_atomically(self.folder / BATCH_FILE, json.dumps({"sequences": sequences}).encode())
 
     # -- blocks --------------------------------------------------------------------------------------------------------
 
@@ -144,37 +194,53 @@ class Store(RunFolder):
 
     def write(self, index: int, results: dict[str, LayerResult]) -> None:
         """Stores one block; after this returns it survives a crash. Raises `RunError` when the disk is full or cannot be written."""
-        tensors, header = {}, {}
+        tensors, layers = {}, {}
         for name, result in results.items():
             parts = _weight_to_tensors(result.weight) | {"A": result.factors.A, "B": result.factors.B}
             tensors |= {f"{name}/{key}": value.cpu().contiguous() for key, value in parts.items()}
-            header[name] = {"weight": dataclasses.asdict(layout(result.weight)), "metrics": dataclasses.asdict(result.metrics)}
+            layers[name] = {"weight": dataclasses.asdict(layout(result.weight)), "metrics": dataclasses.asdict(result.metrics)}
         with writing(self.out):
-            write_tensors(self._path(index), tensors, {"layers": json.dumps(header)})
+            write_tensors(self._path(index), tensors, {"block": json.dumps({"sha256": BLANK, "index": index, "layers": layers})}, seal)
 
     def read(self, index: int) -> dict[str, LayerResult]:
-        """One stored block, on the CPU. Raises `RunError` if its file is damaged."""
-        with self._damaged(index), safe_open(self._path(index), framework="pt") as file:
-            header = json.loads(file.metadata()["layers"])
-            return {name: _result_from_tensors(file, name, described) for name, described in header.items()}
+        """One stored block, on the CPU. Raises `RunError` if its file is damaged or missing."""
+        with self._verified(index) as (file, layers):
+            return {name: _result_from_tensors(file, name, described) for name, described in layers.items()}
 
     def summaries(self) -> dict[str, LayerSummary]:
-        """Layout and metrics of every stored layer by name, without reading any tensor."""
+        """Layout and metrics of every stored layer by name, without any tensor in memory. Errors as of `read`."""
         found = {}
         for index in range(self.finished()):
-            with self._damaged(index), safe_open(self._path(index), framework="pt") as file:
-                for name, described in json.loads(file.metadata()["layers"]).items():
+            with self._verified(index) as (_, layers):
+                for name, described in layers.items():
                     weight = described["weight"] | {"shape": tuple(described["weight"]["shape"])}
                     found[name] = LayerSummary(WeightLayout(**weight), _metrics(described["metrics"]))
         return found
 
     @contextlib.contextmanager
-    def _damaged(self, index: int) -> Iterator[None]:
+    def _verified(self, index: int) -> Iterator[tuple[Any, dict[str, Any]]]:
+        """A stored block, open, and what its header says of its layers, once every byte of it is known to be as it was written."""
+        path = self._path(index)
         try:
-            yield
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            path = self._path(index)
-            raise RunError(f"the stored block {path} cannot be read ({error}); delete it and run the same command again") from error
+            verify(path)
+            with safe_open(path, framework="pt") as file:
+                header = json.loads(file.metadata()["block"])
+                if header["index"] != index:
+                    raise DamageError(f"it is block {header['index']} under another name")
+                yield file, header["layers"]
+        except (DamageError, SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+            raise RunError(
+                f"the stored block {path} is damaged or missing ({reason}); run the same cloq quantize command again: it is solved again, "
+                "with all behind it"
+            ) from error
+
+
+class Damage(NamedTuple):
+    """A stored block that cannot be used. message: which file, why, and what to do."""
+
+    index: int
+    message: str
 
 
 class LayerSummary(NamedTuple):
@@ -232,13 +298,15 @@ def write_atomically(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """A safetensors file, as atomically, without a second copy of the tensors in memory."""
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], finish: Callable[[Path], None] | None = None) -> None:
+    """A safetensors file, as atomically, without a second copy of the tensors in memory. finish: done to the file before it appears."""
     with _appearing(path) as temporary:
         try:
             save_file(tensors, temporary, metadata)
         except SafetensorError as error:  # which is how the library reports a full disk
             raise OSError(str(error).removeprefix("Error while serializing: ")) from error
+        if finish is not None:
+            finish(temporary)
 
 
 @contextlib.contextmanager
@@ -250,10 +318,20 @@ def _appearing(path: Path) -> Iterator[Path]:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _flush_folder(path.parent)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def _flush_folder(folder: Path) -> None:
+    """Puts the folder's list of names on the disk: without it a power cut may take back the last renames."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from cloq.api import RUN_FILE, evaluate_tokens, export, read_run_file, run
 from cloq.errors import CalibrationError, ExportError, ModelError, RunError, SpecError
 from cloq.export.peft import AdapterFolder
 from cloq.export.read import QuantizedFolder
+from cloq.pipeline import resolve_device
 from cloq.report import read_report
 from cloq.specs import Rule, RunSpec, run_spec
 from cloq.store import Store
@@ -114,6 +115,25 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_bytes(finished, tmp_path)
     process.send_signal(signal.SIGKILL)
     process.wait()
     run(finished.spec, out)
+    assert digest(out) == digest(finished.out)
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_a_damaged_block_is_solved_again_and_the_bytes_are_the_same(damage, finished, tmp_path):
+    out, events = tmp_path / "out", []
+    shutil.copytree(finished.out, out)
+    path = out / ".cloq/blocks/00001.safetensors"
+    content = path.read_bytes()
+    path.write_bytes({"flip": content[:-1] + bytes([content[-1] ^ 1]), "truncate": content[:1000], "remove": b""}[damage])
+    if damage == "remove":
+        path.unlink()
+    else:
+        with pytest.raises(RunError, match=r"00001\.safetensors is damaged .* run the same cloq quantize command"):
+            export(out, "dense")
+        assert not (out / "model-dense").exists()
+    run(finished.spec, out, emit=lambda event, values: events.append((event, values)))
+    assert "00001.safetensors is damaged or missing" in events[0][1]["note"] and events[0][0] == "damaged"
+    assert [v["block"] for event, v in events if event == "replay"] == [0]
     assert digest(out) == digest(finished.out)
 
 
@@ -292,3 +312,34 @@ def test_a_read_only_folder_is_one_clear_line(finished, tmp_path):
 
 def test_default_settings_are_a_valid_run():
     assert RunSpec().to_dict() == RunSpec.from_dict(RunSpec().to_dict()).to_dict()
+
+
+@pytest.mark.parametrize("device", ["cpu:x", "gpu", "cuda:-3", "", "cuda:99", "meta"])
+def test_devices_that_are_none(device):
+    with pytest.raises(SpecError, match=r"device .*(allowed: auto, cpu|is not available here)"):
+        resolve_device(device)
+
+
+YAML_TRAPS = {
+    "nested": "settings: " + "[" * 5000,
+    "number": "settings: {calib: {seed: " + "9" * 5000 + "}}",
+    "date": "settings: {model: 2001-99-99}",
+    "zero": "\0",
+    "python": "settings: !!python/name:os.system",
+}
+
+
+@pytest.mark.parametrize("text", YAML_TRAPS.values(), ids=YAML_TRAPS)
+def test_yaml_that_cannot_be_read_is_one_line(text, tmp_path):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(SpecError, match=r"run\.yaml cannot be read as a run file") as caught:
+        read_run_file(tmp_path / "run.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_goes_on_where_its_model_has_moved(finished, tmp_path):
+    out, events = tmp_path / "out", []
+    shutil.copytree(finished.out / ".cloq", out / ".cloq")
+    moved = shutil.copytree(finished.spec.model, tmp_path / "moved")
+    run(finished.spec.replace(model=str(moved)), out, emit=lambda event, values: events.append(event))
+    assert events.count("replay") == 3 and digest(out) == digest(finished.out)

@@ -54,7 +54,7 @@ def test_every_format_is_in_order_as_the_base_and_beside_it(tmp_path, form):
         run.export("gptq")
     assert failed(run.store.out) == []
     beside = {finding.what.split(":")[0] for finding in check(run.store.out)}
-    assert beside == {"model", "adapter"} | ({"model-gptq"} if form != "nf4" else set())
+    assert beside == {"model", "adapter", "stored blocks"} | ({"model-gptq"} if form != "nf4" else set())
 
 
 def weights(change):
@@ -181,3 +181,29 @@ def test_a_base_alone(made, tmp_path):
     assert all(finding.ok for finding in check_base(made / "model"))
     [finding] = check_base(tmp_path)
     assert not finding.ok and "has no config.json" in finding.what
+
+
+def test_a_stored_block_is_looked_at_byte_by_byte(out):
+    path = out / ".cloq/blocks/00001.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert any("00001.safetensors is damaged or missing (its checksum does not match" in what for what in failed(out))
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("model/config.json", lambda c: c["quantization_config"].update(group_size=[])),
+        ("model/config.json", lambda c: c["quantization_config"].update(block_name_to_quantize=[[]])),
+        ("model/config.json", lambda c: c["quantization_config"].update(modules_in_block_to_quantize=[3])),
+        ("model/config.json", lambda c: c["quantization_config"].update(quant_method=["gptq"])),
+        ("model/config.json", lambda c: c.update(quantization_config="gptq")),
+        ("adapter/adapter_config.json", lambda c: c.update(layers_to_transform=0.5)),
+        ("adapter/adapter_config.json", lambda c: c.update(target_modules="[")),
+        (".cloq/manifest.json", lambda c: c.pop("settings")),
+    ],
+)
+def test_odd_settings_are_findings_and_nothing_falls_over(part, change, out):
+    edit_json(out / part, change)
+    found = failed(out)
+    assert found and all("\n" not in what for what in found)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import yaml
@@ -281,3 +282,34 @@ def test_a_single_pattern_may_be_a_string():
     assert run_spec(only="q_proj").only == ("q_proj",)
     assert run_spec(rules=(Rule("a", bits=3),)).rules == (Rule("a", bits=3),)
     assert run_spec(run_spec(bits=3), rank=8).quant.bits == 3
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: QuantSpec(magr=True, magr_alpha=math.inf), "positive and finite"),
+        (lambda: QuantSpec(magr=True, magr_alpha=math.nan), "positive and finite"),
+        (lambda: QuantSpec(damping=math.nan), "damping is nan"),
+        (lambda: CalibSpec(heldout=math.nan), "heldout is nan"),
+        (lambda: CalibSpec(seed=2**64), "64 bits"),
+        (lambda: CalibSpec(seed=-(10**5000)), "a number of 16610 bits"),
+        (lambda: CalibSpec.from_dict({"samples": 10**5000}), "a number of 16610 bits"),
+        (lambda: QuantSpec.from_dict({"damping": 10**5000}), "a number of 16610 bits"),
+    ],
+)
+def test_numbers_that_no_computer_can_use(make, said):
+    with pytest.raises(SpecError, match=said):
+        make()
+
+
+def test_a_message_shows_no_more_of_a_value_than_a_person_reads():
+    laughs = ["ha"]
+    for _ in range(60):
+        laughs = [laughs] * 9  # a few hundred bytes of YAML, 9^60 words in full
+    with pytest.raises(SpecError, match="model needs str") as caught:
+        RunSpec.from_dict({"model": laughs})
+    with pytest.raises(SpecError, match="init is 'xxx"):
+        LoraSpec(init="x" * 10_000)
+    with pytest.raises(SpecError, match=r"unknown setting 'a', 1, None"):
+        RunSpec.from_dict({1: 2, "a": 3, None: 4})
+    assert len(str(caught.value)) < 500

@@ -1,4 +1,5 @@
-"""The store: what goes in comes out, nothing is half-written, and only a run with the same settings continues it."""
+"""The store: what goes in comes out, nothing is half-written or used where it is damaged, and only a run with the same settings
+continues it."""
 
 import dataclasses
 import os
@@ -88,14 +89,91 @@ def test_a_foreign_folder_is_refused_and_untouched(tmp_path):
         Store(tmp_path / "thesis.txt").begin(MANIFEST)
 
 
-def test_a_damaged_block_says_which_file(tmp_path):
-    store = Store(tmp_path)
+def stored(root, blocks=4) -> Store:
+    store = Store(root)
     store.begin(MANIFEST)
-    store.write(0, {"part": layer(Rtn(2, 32).quantize(torch.randn(32, 64)))})
-    path = tmp_path / ".cloq/blocks/00000.safetensors"
+    for index in range(blocks):
+        store.write(index, {f"{index}.part": layer(Rtn(2, 32).quantize(torch.randn(32, 64)))})
+    return store
+
+
+def truncate(path):
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(RunError, match=r"00000.safetensors cannot be read.*delete it"):
-        store.read(0)
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def flip_a_code(path):
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 4
+    path.write_bytes(content)
+
+
+def change_a_metric(path):
+    path.write_bytes(path.read_bytes().replace(b"0.25", b"0.35", 1))
+
+
+def take_the_neighbours_place(path):
+    path.write_bytes(path.with_name("00000.safetensors").read_bytes())
+
+
+def lose_the_checksum(path):
+    path.write_bytes(path.read_bytes().replace(b"sha256", b"sha255", 1))
+
+
+def claim_a_huge_header(path):
+    path.write_bytes(b"\xff" * 8 + path.read_bytes()[8:])
+
+
+DAMAGES = {
+    truncate: "cut short|does not match",
+    empty: "no checksum",
+    flip_a_code: "checksum does not match",
+    change_a_metric: "checksum does not match",
+    take_the_neighbours_place: "it is block 0 under another name",
+    lose_the_checksum: "no checksum",
+    claim_a_huge_header: "header is damaged",
+    os.remove: "No such file",
+}
+
+
+@pytest.mark.parametrize(("damage", "reason"), DAMAGES.items())
+def test_a_damaged_block_is_never_read_and_says_which_file(damage, reason, tmp_path):
+    store = stored(tmp_path)
+    damage(tmp_path / ".cloq/blocks/00001.safetensors")
+    message = rf"00001\.safetensors is damaged or missing \(.*({reason}).*run the same cloq quantize command"
+    with pytest.raises(RunError, match=message) as caught:
+        store.read(1)
+    assert "\n" not in str(caught.value)
+    if damage is not os.remove:
+        with pytest.raises(RunError, match=r"00001\.safetensors"):
+            store.summaries()
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_block_is_discarded_with_all_behind_it(damage, tmp_path):
+    store = stored(tmp_path)
+    damage(tmp_path / ".cloq/blocks/00001.safetensors")
+    said = store.discard_damaged()
+    assert "00001.safetensors is damaged or missing" in said and said.endswith("it and the 2 behind it are solved again")
+    assert [p.name for p in store.blocks.iterdir()] == ["00000.safetensors"] and store.finished() == 1
+    assert store.discard_damaged() is None
+
+
+def test_every_single_bit_of_a_stored_block_is_watched(tmp_path):
+    """Flips each bit of the header's length, and one bit of every byte behind it."""
+    store = stored(tmp_path, blocks=1)
+    path = tmp_path / ".cloq/blocks/00000.safetensors"
+    content = path.read_bytes()
+    flips = [(at, bit) for at in range(8) for bit in range(8)] + [(at, at % 8) for at in range(8, len(content), 7)]
+    for at, bit in flips:
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1 :])
+        with pytest.raises(RunError, match="damaged"):
+            store.read(0)
+    path.write_bytes(content)
+    assert store.read(0)
 
 
 def test_no_run_says_so(tmp_path):

@@ -31,7 +31,7 @@ _BLOCK = 1 << 20
 """Characters of a text file per piece."""
 
 _LONGEST_ROW = 1 << 26
-"""Characters after which an element of a JSON array that does not end is taken for broken."""
+"""Characters after which a row that does not end, in a line or in a JSON array, is taken for broken."""
 
 
 def local_passages(path: Path, column: str | None, tokenizer) -> Iterator[str]:
@@ -123,13 +123,15 @@ def _opened(file: Path) -> Iterator[TextIO]:
 
 
 def _first_bad_line(file: Path) -> int:
-    with gzip.open(file) if file.name.lower().endswith(".gz") else open(file, "rb") as binary:
+    number = 0
+    broken_too = contextlib.suppress(gzip.BadGzipFile, EOFError, zlib.error)  # not far behind: it is read in pieces
+    with gzip.open(file) if file.name.lower().endswith(".gz") else open(file, "rb") as binary, broken_too:
         for number, line in enumerate(binary, 1):
             try:
                 line.decode("utf8")
             except UnicodeDecodeError:
                 return number
-    raise AssertionError("a file that is not UTF-8 has a line that is not")
+    return number + 1
 
 
 # -- JSON --------------------------------------------------------------------------------------------------------------
@@ -145,17 +147,21 @@ def _json_rows(file: Path) -> Iterator[Row]:
             yield from _array(file, stream, line, number)
             return
         if line and not line.endswith("\n"):
-            line += stream.readline()
+            line += stream.readline(_LONGEST_ROW)
         while line:
+            if len(line) > _LONGEST_ROW:
+                raise CalibrationError(
+                    f"{file}, line {number} has more than {_LONGEST_ROW} characters; a file of rows has one object per line"
+                )
             if line.strip():
                 yield f"{file}, line {number}", _parsed(file, line, number)
-            number, line = number + 1, stream.readline()
+            number, line = number + 1, stream.readline(_LONGEST_ROW + 1)
 
 
 def _parsed(file: Path, line: str, number: int) -> Any:
     try:
         return json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: no JSON, or a number of thousands of digits
         raise CalibrationError(
             f"{file}, line {number}: not valid JSON ({error}). A file of rows has one object per line, or is one array of objects"
         ) from error
@@ -179,8 +185,8 @@ def _array(file: Path, stream: TextIO, head: str, line: int) -> Iterator[Row]:
             return
         try:
             value, end = decoder.raw_decode(buffer, at)
-        except (json.JSONDecodeError, RecursionError) as error:  # broken, or not all of it read yet
-            if ended or len(buffer) - at > _LONGEST_ROW or isinstance(error, RecursionError):
+        except (ValueError, RecursionError) as error:  # broken, or not all of it read yet
+            if ended or len(buffer) - at > _LONGEST_ROW or not isinstance(error, json.JSONDecodeError):
                 raise _broken(file, error, line + buffer.count("\n", at, getattr(error, "pos", at))) from error
             more = stream.read(ask)
             buffer, at, ended, ask = buffer[at:] + more, 0, not more, ask * 2
@@ -190,7 +196,7 @@ def _array(file: Path, stream: TextIO, head: str, line: int) -> Iterator[Row]:
 
 
 def _broken(file: Path, error: Exception, line: int) -> CalibrationError:
-    reason = getattr(error, "msg", "nested too deeply")
+    reason = getattr(error, "msg", "nested too deeply" if isinstance(error, RecursionError) else error)
     return CalibrationError(
         f"{file}, line {line}: not valid JSON ({reason}). The array of rows breaks off or is malformed here; get it again"
     )

@@ -15,6 +15,8 @@ from cloq.errors import CloqError
 _USAGE = typer.BadParameter.__mro__[2]  # ClickException: typer carries a click of its own or imports one, this names the right class
 INTERRUPTED = 130
 USER_ERROR = 2
+LONGEST = 2000
+"""Characters of a message."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,13 +27,20 @@ def main(argv: list[str] | None = None) -> int:
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except CloqError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {told(error)}", file=sys.stderr)
     except _USAGE as error:
         error.show(file=sys.stderr)
     except (KeyboardInterrupt, typer.Abort):  # typer turns the first into its own exit code on some paths
         print("interrupted; finished blocks are kept, the same command continues", file=sys.stderr)
         return INTERRUPTED
     return USER_ERROR
+
+
+def told(error: CloqError) -> str:
+    """The error's message for a terminal. It may quote a file of someone else's: control characters, which could rewrite the screen, are
+    spelled out, and what is longer than anyone reads is cut in its middle."""
+    text = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in str(error))
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"
 
 
 __all__ = ["app", "main"]

@@ -13,6 +13,9 @@ from typing import Any, TextIO
 
 Emit = Callable[[str, dict[str, Any]], None]
 
+WARNINGS = ("damaged", "memory")
+"""Events that are told in every mode."""
+
 
 @contextmanager
 def progress(mode: str, bar: Callable[[], AbstractContextManager[Emit]] | None = None) -> Iterator[Emit]:
@@ -24,10 +27,16 @@ def progress(mode: str, bar: Callable[[], AbstractContextManager[Emit]] | None =
             yield functools.partial(_json_line, stdout)
     elif mode == "quiet":
         with redirect_stdout(io.StringIO()):
-            yield lambda event, values: None
+            yield _warning
     else:
         with (bar or _bar)() as emit:
             yield emit
+
+
+def _warning(event: str, values: dict[str, Any]) -> None:
+    """What is said even where nothing was asked for: the run went another way than it was told to."""
+    if event in WARNINGS:
+        print(f"note: {values['note']}", file=sys.stderr)
 
 
 def _json_line(stream: TextIO, event: str, values: dict[str, Any]) -> None:
@@ -54,6 +63,8 @@ def _bar() -> Iterator[Emit]:
                 bars.update(task, note=f"{name}  error {values['error_quantized']:.4f} → {values['error_corrected']:.4f}")
                 for note in values["notes"]:
                     console.print(f"  {values['name']}: {note}", style="yellow", highlight=False)
+            elif event in WARNINGS:
+                console.print(f"note: {values['note']}", style="yellow", highlight=False, markup=False, soft_wrap=True)
             elif event == "replay":
                 bars.update(task, note="finished before: forward only")
             elif event == "block":

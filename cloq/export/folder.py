@@ -57,8 +57,10 @@ def write_folder(tensors: Iterable[tuple[str, Tensor]], config: dict[str, Any], 
 
 
 def check_format(decoder: Decoder, layouts: dict[str, WeightLayout], form: Format) -> None:
-    """Raises `ExportError` if the format cannot hold layers of these layouts: to be asked before the work, not after it."""
-    _checked(decoder, layouts, form)
+    """Raises `ExportError` if the format cannot hold layers of these layouts, or a file beside the weights may not be copied: to be asked
+    before the work, not after it."""
+    config, _ = _checked(decoder, layouts, form)
+    _companions(decoder.folder, "auto_map" in config)
 
 
 def _checked(decoder: Decoder, layouts: dict[str, WeightLayout], form: Format) -> tuple[dict[str, Any], Contents]:
@@ -241,12 +243,27 @@ def _write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
 def _copy_companions(source: Path, target: Path, code: bool) -> None:
     """Tokenizer, generation settings, licence: small files beside the weights. code: also the model's own Python files, which its
     configuration names; nothing runs them here."""
-    for pattern in (*_COMPANIONS, *(["*.py"] if code else [])):
-        for path in sorted(source.glob(pattern)):
-            if path.is_file() and not any(path.match(other) for other in _NOT_COPIED):
-                copy = target / path.relative_to(source)
-                copy.parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, copy)
+    for path in _companions(source, code):
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
+
+
+def _companions(source: Path, code: bool) -> list[Path]:
+    """Raises `ExportError` for one that is a link to somewhere else: a copy of it, in a folder that may be published, could be of any file
+    that the user can read. The hub's cache links to the blobs beside its snapshots."""
+    patterns = (*_COMPANIONS, *(["*.py"] if code else []))
+    found = [path for pattern in patterns for path in sorted(source.glob(pattern)) if path.is_file()]
+    found = [path for path in found if not any(path.match(other) for other in _NOT_COPIED)]
+    here = source.resolve()
+    home = here.parents[1] if here.parent.name == "snapshots" else here
+    for path in found:
+        if not path.resolve().is_relative_to(home):
+            raise ExportError(
+                f"{path} is a link to {path.resolve()}, outside of the model's folder, and would be copied into the export; "
+                "put the file itself there, or remove the link"
+            )
+    return found
 
 
 def _refuse_other_content(target: Path, out: Path) -> None:

@@ -154,10 +154,15 @@ class GptqReader:
             raise ExportError(
                 "this GPTQ base sets widths per module (dynamic), which transformers ignores, so PEFT cannot train on it; use another base"
             )
-        modules = get("modules_in_block_to_quantize")
+        blocks, modules = get("block_name_to_quantize"), get("modules_in_block_to_quantize")
         if modules is not None:
             modules = tuple(name for group in modules for name in ([group] if isinstance(group, str) else group))
-        return cls(bits, None if group_size == -1 else group_size, 2 if form == "gptq_v2" else 1, get("block_name_to_quantize"), modules)
+        group_size = None if group_size == -1 else group_size
+        if not (group_size is None or (type(group_size) is int and group_size > 0)) or not all(isinstance(n, str) for n in modules or ()):
+            raise TypeError("group_size is a number of columns or -1, and modules are named by text")
+        if not isinstance(blocks, str | None):
+            raise TypeError("block_name_to_quantize is text")
+        return cls(bits, group_size, 2 if form == "gptq_v2" else 1, blocks, modules)
 
     def layers(self, model: nn.Module) -> set[str]:
         blocks = self.blocks or _usual_blocks(model)

@@ -179,9 +179,9 @@ class AdapterFolder:
 
         try:
             config = LoraConfig.from_pretrained(str(self.folder))
-        except (TypeError, ValueError) as error:
+            return {name for name in modules if config.target_modules and check_target_module_exists(config, name)}
+        except (TypeError, ValueError, AttributeError, re.error) as error:
             raise ExportError(f"PEFT cannot read {self.folder / CONFIG} ({str(error).splitlines()[0]}); mend its settings") from error
-        return {name for name in modules if config.target_modules and check_target_module_exists(config, name)}
 
     def own_weights(self, names: Iterable[str]) -> set[str]:
         """Names of the tensors with which an adapter replaces the weights of these layers."""

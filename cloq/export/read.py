@@ -26,6 +26,7 @@ from cloq.export.gptq import GptqReader
 from cloq.export.nf4 import Nf4Reader
 from cloq.models import Checkpoint, Decoder, TensorSource, is_conv1d
 from cloq.models.skeleton import build_skeleton, load_config
+from cloq.specs import shown
 from cloq.types import AnyQuantizedWeight
 
 READERS: dict[str, type[Reader]] = {"gptq": GptqReader, "bitsandbytes": Nf4Reader, "compressed-tensors": CompressedTensorsReader}
@@ -47,10 +48,15 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def reader_of(quantization_config: dict[str, Any]) -> Reader:
     """The reader for a folder's `quantization_config`. Raises `ExportError` for a method that cannot be read."""
+    if not isinstance(quantization_config, dict):
+        raise ExportError(f"quantization_config in config.json is {shown(quantization_config)}, not an object; fetch or export it again")
     method = quantization_config.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in quantization_config else None)
-    if method not in READERS:
-        raise ExportError(f"the base is quantized with {method!r}; read are {', '.join(READERS)}")
-    return READERS[method].of(quantization_config)
+    if not isinstance(method, str) or method not in READERS:
+        raise ExportError(f"the base is quantized with {shown(method)}; read are {', '.join(READERS)}")
+    try:
+        return READERS[method].of(quantization_config)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ExportError(f"quantization_config in config.json is not one of {method} ({error}); fetch or export it again") from error
 
 
 class QuantizedFolder:

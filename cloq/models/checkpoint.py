@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cloq.errors import ModelError
+from cloq.specs import shown
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -58,13 +59,13 @@ class Checkpoint:
         index = self.folder / INDEX
         if index.exists():
             try:
-                names = sorted(set(json.loads(index.read_text("utf8"))["weight_map"].values()))
-            except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+                names = sorted(set(json.loads(index.read_text("utf8"))["weight_map"].values()), key=str)
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
                 raise ModelError(f"{index} is not a valid safetensors index ({error}); fetch the model again") from error
             for name in names:
-                if not isinstance(name, str) or Path(name).name != name:
+                if not isinstance(name, str) or Path(name).name != name or not name.isprintable():
                     raise ModelError(
-                        f"{index} names the shard {name!r}, which is not a plain file name; the checkpoint is refused"
+                        f"{index} names the shard {shown(name)}, which is not a plain file name; the checkpoint is refused"
                     )
             return [self.folder / name for name in names]
         if (self.folder / SINGLE).exists():
@@ -79,10 +80,10 @@ class Checkpoint:
 
     def _handle(self, path: Path):
         if path not in self._open:
-            if not path.exists():
-                raise ModelError(f"the shard {path.name} is missing from {self.folder}; fetch the model again")
             try:
                 self._open[path] = safe_open(path, framework="pt")
+            except FileNotFoundError as error:
+                raise ModelError(f"the shard {path.name} is missing from {self.folder}; fetch the model again") from error
             except (SafetensorError, OSError) as error:
                 raise ModelError(f"{path} cannot be read ({error}); it is truncated or damaged: fetch it again") from error
         return self._open[path]
@@ -117,16 +118,25 @@ class Checkpoint:
         """SHA-256 over every shard's header and size and a sample of its bytes: another checkpoint is noticed without reading
         all of it."""
         digest = hashlib.sha256()
-        for path in sorted(set(self._files.values())):
-            size = path.stat().st_size
-            digest.update(f"{path.name}:{size}".encode())
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                digest.update(file.read(min(length, 1 << 26)))
-                for position in range(8 + length, size, max(1, (size - 8 - length) // 256)):
-                    file.seek(position)
-                    digest.update(file.read(4096))
+        self.release()
+        try:
+            for path in sorted(set(self._files.values())):
+                self._handle(path)  # opened anew: a shard that was cut short in the meantime is refused, not taken for another model
+                self._digest(path, digest)
+        except OSError as error:
+            raise ModelError(f"{path} cannot be read ({error.strerror or error}); fetch the model again") from error
         return digest.hexdigest()
+
+    @staticmethod
+    def _digest(path: Path, digest: hashlib._Hash) -> None:
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}".encode())
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            digest.update(file.read(min(length, 1 << 26)))
+            for position in range(8 + length, size, max(1, (size - 8 - length) // 256)):
+                file.seek(position)
+                digest.update(file.read(4096))
 
 
 def check_finite(tensor: Tensor, name: str) -> Tensor:

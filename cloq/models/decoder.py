@@ -192,6 +192,16 @@ class Decoder:
         self.checkpoint.release()
         trim_heap()
 
+    def drop_all(self) -> None:
+        """Frees every block's weights, and what the device keeps of freed memory: for when a run breaks off in the middle of a block."""
+        for block in self.blocks:
+            for module in block.modules():
+                _empty(module)
+        self.checkpoint.release()
+        trim_heap()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     @contextlib.contextmanager
     def outer(self) -> Iterator[None]:
         """Everything but the blocks in place: embeddings, final norm, head. Inside another `outer()` it does nothing."""

@@ -18,7 +18,7 @@ def load_config(folder: str | Path, trust_remote_code: bool = False):
 
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except Exception as error:  # configurations check themselves, and raise types of their own
         raise ModelError(
             f"{folder}/config.json does not describe a model that transformers knows ({_reason(error, trust_remote_code)})"
         ) from error
@@ -31,11 +31,13 @@ def max_positions(config) -> int | None:
 
 
 def load_tokenizer(folder: str | Path, trust_remote_code: bool = False):
-    """The folder's tokenizer; `ModelError` if there is none."""
+    """The folder's tokenizer; `ModelError` if there is none, or one that can't make tokens of a text."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer("a").input_ids  # noqa: B018 - some settings are looked at only now
+        return tokenizer
     except Exception as error:  # tokenizer back ends raise types of their own
         raise ModelError(f"{folder} has no usable tokenizer ({_reason(error, trust_remote_code)})") from error
 
@@ -57,7 +59,7 @@ def build_skeleton(config, dtype: torch.dtype, trust_remote_code: bool = False) 
     try:
         with init_empty_weights(include_buffers=False), no_init_weights():
             model = AutoModelForCausalLM.from_config(bare, dtype=dtype, trust_remote_code=trust_remote_code)
-    except (ValueError, TypeError, KeyError, AttributeError, AssertionError, RuntimeError, ImportError, OSError) as error:
+    except Exception as error:  # a model's constructor meets whatever its configuration says
         reason = _reason(error, trust_remote_code)
         raise ModelError(f"{config.model_type} is not a causal language model that transformers can build ({reason})") from error
     return unfuse(model).eval()
@@ -96,5 +98,4 @@ def _reason(error: Exception, trust_remote_code: bool) -> str:
     text = str(error)
     if not trust_remote_code and "trust_remote_code" in text:
         return "it brings its own Python code; read that code, and if you trust it, pass --trust-remote-code"
-    first = (text.strip().splitlines() or [type(error).__name__])[0]
-    return first[:300]
+    return " ".join(text.split())[:300] or type(error).__name__

@@ -51,7 +51,8 @@ class Magr:
         if peak <= 0:
             return weight
         step = 1 / MARGIN
-        gram = stats.gram.float() * (step / peak)
+        gram, scale = linalg.scaled(stats.gram.float())
+        gram = gram * (step * scale / peak)
         anchor = weight @ gram
         current, ahead, momentum = weight, weight, 1.0
         for _ in range(self.iterations):

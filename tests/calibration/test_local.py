@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import tracemalloc
 
 import pytest
 
@@ -75,6 +76,18 @@ def test_an_array_is_read_as_it_is_used(tmp_path):
         list(stream)
 
 
+@pytest.mark.parametrize("before", ["", '{"text": "a"}\n'])
+def test_a_line_that_never_ends_is_given_up(before, tmp_path, monkeypatch):
+    """Before it is read whole: a file of zeros gzips to a thousandth."""
+    monkeypatch.setattr(local, "_LONGEST_ROW", 2_000_000)
+    path = write(tmp_path / "a.jsonl", before + '{"text": "' + "x" * 30_000_000)
+    tracemalloc.start()
+    with pytest.raises(CalibrationError, match=r"line \d has more than 2000000 characters"):
+        list(documents(path))
+    assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    tracemalloc.stop()
+
+
 def test_an_element_that_never_ends_is_given_up(tmp_path, monkeypatch):
     monkeypatch.setattr(local, "_LONGEST_ROW", 200_000)
     path = write(tmp_path / "a.json", '[{"text": "' + "x" * 3_000_000)
@@ -114,6 +127,7 @@ REFUSED = [
     ("a.txt", "text\n".encode("utf-16"), r"a\.txt, line 1: not UTF-8"),
     ("a.txt", b"", r"a\.txt holds no text; give other text"),
     ("a.txt", b" \n\n", r"a\.txt holds no text"),
+    ("a.txt.gz", gzip.compress(b"fine\nst\xe4ndig\n")[:-4] + b"\0\0\0\1", r"a\.txt\.gz(, line \d: not UTF-8| is a broken)"),
     ("a.bin", b"ab\0cd", r"a\.bin is not text \(it holds NUL bytes\)\. Allowed: \.txt"),
     ("a.jsonl", b"", r"a\.jsonl holds no text"),
     ("a.json", b"[]", r"a\.json holds no text"),
@@ -125,6 +139,8 @@ REFUSED = [
     ("a.json", b'[{"text": "a"}]\n{"text": "b"}', r"a\.json, line 1: something follows the array"),
     ("a.json", b"[" * 100_000, r"a\.json, line 1: not valid JSON \(nested too deeply\)"),
     ("a.jsonl", b'{"a":' * 100_000, r"a\.jsonl, line 1: not valid JSON"),
+    ("a.jsonl", b'{"text": "a"}\n{"text": ' + b"9" * 5000 + b"}", r"a\.jsonl, line 2: not valid JSON .*limit"),
+    ("a.json", b'[{"text": ' + b"9" * 5000 + b"}]", r"a\.json, line 1: not valid JSON .*limit"),
     ("a.parquet", b"not parquet at all", r"a\.parquet cannot be read as Parquet .*check that it is whole"),
     ("a.csv", b"text\nhello\n", r"a\.csv: \.csv is not read\. Convert it to \.jsonl or \.parquet"),
 ]

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from cloq.errors import ExportError, RunError
 from cloq.export import FORMATS, check_format, folder, write_model
+from cloq.models import Decoder
 from cloq.quantizers import Rtn
 from cloq.types import layout
 from tests.finished import edit_json, finish, logits
@@ -173,3 +174,28 @@ def test_formats_can_be_asked_before_the_work(run):
     check_format(run.decoder, layouts, FORMATS["gptq"]())
     with pytest.raises(ExportError, match="whose levels NF4's codebook does not have"):
         check_format(run.decoder, layouts, FORMATS["nf4"]())
+
+
+def test_a_link_to_somewhere_else_is_not_copied(tmp_path):
+    """A model from a stranger, with a link to a secret where its licence should be."""
+    (tmp_path / "secret").write_text("private key")
+    run = finish("llama", tmp_path, rtn)
+    (tmp_path / "original/LICENSE").symlink_to(tmp_path / "secret")
+    with pytest.raises(ExportError, match=r"LICENSE is a link to .*secret, outside of the model.s folder"):
+        run.export("dense")
+    assert not (run.store.out / "model").exists()
+    layouts = {name: layout(result.weight) for name, result in run.results.items()}
+    with pytest.raises(ExportError, match="is a link to"):
+        check_format(run.decoder, layouts, FORMATS["dense"]())
+
+
+def test_links_of_the_hubs_cache_are_copied(tmp_path):
+    run = finish("llama", tmp_path, rtn)
+    snapshot, blobs = tmp_path / "models--a--b/snapshots/1f3c", tmp_path / "models--a--b/blobs"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for path in run.decoder.folder.iterdir():
+        path.rename(blobs / path.name)
+        (snapshot / path.name).symlink_to(Path("../../blobs") / path.name)
+    exported = write_model(Decoder(snapshot), run.store, FORMATS["dense"](), run.store.out / "model")
+    assert (exported / "tokenizer.json").is_file() and not (exported / "tokenizer.json").is_symlink()

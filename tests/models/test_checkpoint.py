@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,17 @@ def test_missing_shard(tmp_path):
         Decoder(folder)
 
 
+def test_a_shard_that_vanishes_after_opening(tmp_path):
+    folder, shards = sharded(tmp_path)
+    files = Checkpoint(folder)
+    shards[1].unlink()
+    with pytest.raises(ModelError, match=f"{shards[1].name} is missing.*fetch the model again"):
+        files.fingerprint()
+    shards[0].write_bytes(shards[0].read_bytes()[:1000])
+    with pytest.raises(ModelError, match=f"{shards[0].name} cannot be read.*truncated or damaged"):
+        files.fingerprint()
+
+
 @pytest.mark.parametrize("left", [0, 4, 100, -1])
 def test_truncated_shard(left, tmp_path):
     folder, shards = sharded(tmp_path)
@@ -86,6 +98,46 @@ def test_truncated_shard(left, tmp_path):
 def test_index_may_not_point_outside(name, folder):
     (folder / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(ModelError, match="not a plain file name"):
+        Checkpoint(folder)
+
+
+def test_a_shard_may_be_a_link_into_a_store(folder, tmp_path_factory):
+    """The hub's cache is made of such links: the index names a plain file of the folder, wherever the bytes lie."""
+    blob = tmp_path_factory.mktemp("blobs") / "3f2a"
+    (folder / "model.safetensors").rename(blob)
+    (folder / "shard.safetensors").symlink_to(blob)
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": "shard.safetensors", "b": "shard.safetensors"}}))
+    assert sorted(Checkpoint(folder).names) == ["a", "b"]
+
+
+@pytest.mark.parametrize("name", ["", ".", "a\0b", "x" * 10_000, "x" * 200])
+def test_index_names_what_is_no_file(name, folder):
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(ModelError, match=r"not a plain file name|is missing|cannot be read"):
+        Checkpoint(folder)
+
+
+@pytest.mark.parametrize("length", [0, 1, 10**8, 2**40, 2**63, 2**64 - 1])
+def test_a_header_that_lies_about_its_length(length, folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(length.to_bytes(8, "little") + path.read_bytes()[8:])
+    tracemalloc.start()
+    with pytest.raises(ModelError, match="cannot be read"):
+        Checkpoint(folder)
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("offsets", [[0, 2**63], [0, 4], [56, 0], [8, 68], [0, 2**70]])
+def test_offsets_that_overlap_or_lead_elsewhere(offsets, folder):
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["a"]["data_offsets"] = offsets
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    with pytest.raises(ModelError, match="cannot be read"):
         Checkpoint(folder)
 
 

@@ -42,6 +42,21 @@ def test_config_that_is_none(text, tmp_path):
         Decoder(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("setting", "value", "said"),
+    [
+        ("num_key_value_heads", {}, "num_key_value_heads.*expected int"),
+        ("hidden_size", "../..", "hidden_size.*expected int"),
+        ("num_attention_heads", 2**64, "not a multiple"),
+        ("hidden_act", "x" * 10_000, "is not a causal language model that transformers can build"),
+    ],
+)
+def test_odd_values_of_a_config(setting, value, said, tmp_path):
+    with pytest.raises(ModelError, match=said) as caught:
+        Decoder(configured(save_tiny("llama", tmp_path), **{setting: value}))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+
+
 def test_unknown_model_type(tmp_path):
     with pytest.raises(ModelError, match=r"does not describe a model that transformers knows.*nosuchmodel"):
         Decoder(configured(save_tiny("llama", tmp_path), model_type="nosuchmodel"))
@@ -144,3 +159,27 @@ def test_tokenizer(tmp_path):
         path.unlink()
     with pytest.raises(ModelError, match="no usable tokenizer"):
         load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_that_makes_no_tokens(tmp_path):
+    save_tiny("llama", tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": "long"}))
+    with pytest.raises(ModelError, match="no usable tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("where", ["tokenizer", "../tokenizer", "/tmp/tokenizer", "someone/else--tokenizer"])
+def test_code_of_a_tokenizer_does_not_run_unasked(where, tmp_path):
+    """Named in its settings, beside it or elsewhere: refused, or left aside for the library's own class."""
+    folder = save_tiny("llama", tmp_path / "model")
+    for place in (folder, tmp_path):
+        (place / "tokenizer.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Odd: pass\n")
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text()) | {"tokenizer_class": "Odd", "auto_map": {"AutoTokenizer": [f"{where}.Odd", f"{where}.Odd"]}}
+    path.write_text(json.dumps(settings))
+    try:
+        assert load_tokenizer(folder)("a").input_ids
+    except ModelError as error:
+        assert "no usable tokenizer" in str(error)
+    assert not (tmp_path / "ran").exists()

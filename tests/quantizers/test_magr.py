@@ -133,3 +133,13 @@ def test_magr_before_a_codebook_lowers_the_peaks_that_scale_its_blocks():
     plain, reduced = Nf4().quantize(p.weight), Magr(Nf4(), 64, 1e-2).quantize(p.weight, p.stats)
     assert type(reduced) is type(plain) and bool(reduced.dequantize().isfinite().all())
     assert float(reduced.scale.mean()) < float(plain.scale.mean())
+
+
+@pytest.mark.parametrize("power", [-110, -60, 60, 110])
+def test_the_size_of_the_inputs_is_irrelevant(power):
+    """Exactly, by powers of two, also where squares of the Gram matrix's values leave float32."""
+    p = problem("well conditioned", (40, 72))
+    gram = p.gram * 2.0 ** -int(p.gram.max().log2())
+    reduced = [Magr(Rtn(2, 32), 32).reduce(p.weight, LayerStats(gram * 2.0**e, 360)) for e in (0, power)]
+    assert torch.isfinite(reduced[1]).all()
+    assert torch.allclose(*reduced, atol=1e-7) and not torch.equal(reduced[0], p.weight)

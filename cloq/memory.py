@@ -1,0 +1,44 @@
+"""When memory runs out in a forward: the same again in smaller micro-batches, which is said and kept.
+
+What a forward needs grows with its micro-batch, so half as many sequences at a time may fit. The result is the same but for the order in
+which floats are summed. So that a run still has one result, the size that was found is stored with its blocks, and every continuation
+starts with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from cloq.errors import RunError
+
+_SAID_BY_ALLOCATORS = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory", "MPS backend out of memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on whatever device."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(said in str(error) for said in _SAID_BY_ALLOCATORS)
+
+
+def in_smaller_batches(attempt: Callable[[int], None], sequences: int, helps: Callable[[], bool], shrunk: Callable[[int], None]) -> None:
+    """Calls `attempt(sequences)`, and again with half as many sequences to a micro-batch as often as memory runs out.
+
+    helps: asked then, whether a smaller batch needs less memory where it ran out. shrunk: called with the new number before each further
+    attempt, when everything that the last one held is free. Raises `RunError` where nothing is left to halve.
+    """
+    while True:
+        try:
+            return attempt(sequences)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if sequences == 1 or not helps():
+                why = "with one sequence at a time" if sequences == 1 else "where smaller batches do not help"
+                what = str(error).partition(". ")[0] or type(error).__name__
+                raise RunError(
+                    f"out of memory {why} ({what}); finished blocks are kept. Free memory and run the same command again, use "
+                    "--device cpu, or start anew with fewer --calib-samples or a smaller --seq-len"
+                ) from error
+        sequences //= 2  # not in the handler: the error holds the frames, and they hold the tensors
+        shrunk(sequences)
