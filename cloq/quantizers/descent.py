@@ -21,11 +21,14 @@ BLOCK = 128
 INNER = 16
 """Columns whose gradients are kept up to date one by one; the rest of the block gets their changes in one product."""
 
+SMALLEST_CURVATURE = torch.finfo(torch.float32).tiny
+"""The reciprocal of anything smaller is no float32."""
+
 
 def descend(quantized: QuantizedWeight, target: Tensor, gram: Tensor, sweeps: int = 1) -> QuantizedWeight:
     """`quantized (out, in)` with codes closer to `target (out, in)` in the norm of `gram (in, in)`; everything else is its own.
 
-    Inputs whose diagonal is zero keep their codes: nothing depends on them.
+    Inputs whose diagonal is zero, or too small to divide by, keep their codes: nothing depends on them.
     """
     index = quantized.group_index.tolist()
     grids = [grid.grid(*fits, quantized.bits) for fits in zip(quantized.scale.T, quantized.zero.T, strict=True)]
@@ -56,7 +59,7 @@ def _descend_block(values: Tensor, steps: Tensor, gradient: Tensor, gram: Tensor
         last = min(first + INNER, len(rows))
         for i in range(first, last):
             value, step, slope, move, curvature, points = rows[i]
-            if curvature <= 0:
+            if curvature < SMALLEST_CURVATURE:
                 continue
             points.round(torch.add(value, slope, alpha=1 / curvature, out=best), out=step)
             torch.mul(step, points.scale, out=best)
