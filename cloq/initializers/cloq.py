@@ -84,8 +84,8 @@ class Cloq:
         lowrank.check_rank(rank, weight.shape)
         weight = weight.detach().float()
         quantized = quantize(weight, stats)
-        best = quantized, closed_form(weight - quantized.dequantize(), stats.gram, rank, self.split)
-        fitted = best[1]
+        fitted = closed_form(weight - quantized.dequantize(), stats.gram, rank, self.split)
+        best = quantized, fitted
         for _ in range(self.rounds if rank < min(weight.shape) else 0):  # at full rank there is no error left
             target = weight - fitted.factors.delta()
             corrected = LayerStats(lowrank.deflate(stats.gram, fitted.factors.A, KEPT), stats.n_tokens)

@@ -34,7 +34,8 @@ def descend(quantized: QuantizedWeight, target: Tensor, gram: Tensor, sweeps: in
     grids = [grid.grid(*fits, quantized.bits) for fits in zip(quantized.scale.T, quantized.zero.T, strict=True)]
     gram = gram.float()
     values = quantized.dequantize().T.contiguous()  # one column of the weight per row, as in GPTQ
-    steps = (quantized.codes.float() - quantized.zero.float()[:, quantized.group_index]).T.contiguous()
+    zero = quantized.zero.float()[:, quantized.group_index].T
+    steps = (quantized.codes.T - zero).contiguous()
     gradient = gram @ (target.float().T - values)
     for sweep in range(sweeps):
         for start in range(0, len(values), BLOCK):
@@ -43,8 +44,7 @@ def descend(quantized: QuantizedWeight, target: Tensor, gram: Tensor, sweeps: in
             moved = _descend_block(values[here], steps[here], gradient[here].clone(), gram[here, here], own)
             rest = slice(here.stop if sweep == sweeps - 1 else 0, None)  # nobody asks for the gradient of what is done
             gradient[rest].addmm_(gram[rest, here], moved, alpha=-1)
-    codes = steps + quantized.zero.float()[:, quantized.group_index].T
-    return dataclasses.replace(quantized, codes=codes.T.byte().contiguous())
+    return dataclasses.replace(quantized, codes=(steps + zero).T.byte().contiguous())
 
 
 def _descend_block(values: Tensor, steps: Tensor, gradient: Tensor, gram: Tensor, grids: list[grid.Grid]) -> Tensor:

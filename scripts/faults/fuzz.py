@@ -110,14 +110,19 @@ def model_config(bench: Bench, draw: random.Random, folder: Path) -> None:
 
     model = shutil.copytree(bench.model, folder / "model")
     path = model / "config.json"
-    if draw.random() < 0.4:
-        path.write_bytes(damaged(path.read_bytes(), draw))
-    else:
-        path.write_text(json.dumps(_with_odd_value(json.loads(path.read_text()), draw)), "utf8")
+    _spoil(path, draw, damage=0.4)
     decoder = Decoder(model)
     batch = decoder.enter(torch.zeros(1, 8, dtype=torch.int64), 8)[0]
     decoder.load_block(0)
     assert decoder.run_block(0, batch).shape == batch.hidden.shape
+
+
+def _spoil(path: Path, draw: random.Random, damage: float) -> None:
+    """A file of JSON with damaged bytes, by the share `damage` of the draws, or else with one odd value."""
+    if draw.random() < damage:
+        path.write_bytes(damaged(path.read_bytes(), draw))
+    else:
+        path.write_text(json.dumps(_with_odd_value(json.loads(path.read_text()), draw)), "utf8")
 
 
 def shard_header(bench: Bench, draw: random.Random, folder: Path) -> None:
@@ -160,10 +165,7 @@ def shard_index(bench: Bench, draw: random.Random, folder: Path) -> None:
 
     model = shutil.copytree(bench.model, folder / "model")
     path = model / "model.safetensors.index.json"
-    if draw.random() < 0.5:
-        path.write_bytes(damaged(path.read_bytes(), draw))
-    else:
-        path.write_text(json.dumps(_with_odd_value(json.loads(path.read_text()), draw)), "utf8")
+    _spoil(path, draw, damage=0.5)
     decoder = Decoder(model)
     assert all(file.parent == model for file in decoder.checkpoint._files.values())
 
