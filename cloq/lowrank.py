@@ -230,6 +230,23 @@ def low_rank(error: Tensor, gram: Tensor | None, rank: int) -> tuple[Tensor, Ten
     return B.to(error.dtype), A.to(error.dtype)
 
 
+def follow(error: Tensor, gram: Tensor, vectors: Tensor, steps: int = 2) -> tuple[Tensor, Tensor, float]:
+    """Orthogonal iteration from known vectors towards the top eigenvectors of `M = E G Eᵀ`: `B = orth(M … M V)`, `A = Bᵀ E`, and
+    `‖(E − B A) S‖²`.
+
+    vectors: `V (out, r)`, of any length; those of an error much like this one. A step is two products with a thin matrix, where the optimum
+    takes a decomposition. What remains is summed from itself, not as a difference of large sums.
+    """
+    error = error if error.dtype == torch.float64 else error.float()
+    weighted = _times_gram(error, gram)
+    B = vectors.to(error.dtype)
+    for _ in range(steps):
+        B = torch.linalg.qr(weighted @ (error.T @ B)).Q
+    A = B.T @ error
+    remaining = weighted.sub_(B @ (B.T @ weighted)).mul_(error - B @ A)
+    return B, A, max(float(remaining.sum(dtype=torch.float64)), 0.0)
+
+
 def balance(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     """The same product with the singular values shared: `BᵀB = A Aᵀ`. Costs one thin QR of each factor and an `(r, r)` SVD."""
     qb, rb = torch.linalg.qr(_wide(B))

@@ -1,4 +1,4 @@
-"""The weighted low-rank solve on both routes and in both precisions, balancing, deflation."""
+"""The weighted low-rank solve on both routes and in both precisions, following an error, balancing, deflation."""
 
 import pytest
 import torch
@@ -157,6 +157,20 @@ def test_low_rank_without_a_gram_is_the_truncated_svd(shape):
 def test_a_rank_that_the_shape_does_not_allow_is_refused(rank):
     with pytest.raises(ValueError, match=rf"rank must be 1 to 40 for a layer of shape \(40, 72\), got {rank}"):
         lowrank.top_eigenvectors(torch.zeros(40, 72), None, rank)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_following_leads_to_the_optimum(kind, shape):
+    """From anywhere, each no worse than the last, and every step says truly what its factors leave."""
+    p = problem(kind, shape)
+    total, vectors, last = output_error(p.weight, p.gram), torch.randn(shape[0], 6, generator=torch.Generator().manual_seed(1)), None
+    for _ in range(30):
+        vectors, A, remaining = lowrank.follow(p.weight, p.gram, vectors)
+        assert remaining == pytest.approx(output_error(p.weight - vectors @ A, p.gram), rel=1e-3, abs=2e-6 * total)
+        assert last is None or remaining <= last * 1.001 + 2e-6 * total
+        last = remaining
+    assert last <= 1.1 * optimum(p.weight, p.gram, 6) + 1e-5 * total
 
 
 @given(st.integers(1, 9), st.integers(1, 12), st.integers(1, 7), st.integers(0, 99))

@@ -72,8 +72,9 @@ class Cloq:
     **A round.** Whatever the codes are, factors with these rows `A` can take away all of the error that lies in the directions of
     `A S`; the best `B` leaves `‖(W − Q) S‖²` without them, which is the norm with the Gram matrix `lowrank.deflate(G, A)`. So the
     quantizer gets that matrix, deflated to a share `KEPT`, and the target `W − B A`. Integer codes are then improved one by one
-    (`quantizers.descend`), and the closed form fits both factors anew. The round with the least error is the result, so that no
-    number of rounds is worse on the calibration data than none. The base alone gets worse: it is made for its factors.
+    (`quantizers.descend`), and the factors follow them by two orthogonal steps, which serve the next round as well as the optimum
+    would. The codes with the least error are the result, with the closed form's factors, so that no number of rounds is worse on the
+    calibration data than none. The base alone gets worse: it is made for its factors.
     """
 
     split: str = "paper"
@@ -83,15 +84,18 @@ class Cloq:
         """Raises `ValueError` for a rank above `min(weight.shape)`."""
         lowrank.check_rank(rank, weight.shape)
         weight = weight.detach().float()
-        quantized = quantize(weight, stats)
-        fitted = closed_form(weight - quantized.dequantize(), stats.gram, rank, self.split)
-        best = quantized, fitted
+        first = best = quantize(weight, stats)
+        fitted = closed_form(weight - first.dequantize(), stats.gram, rank, self.split)
+        B, A, least = fitted.factors.B, fitted.factors.A, fitted.error
         for _ in range(self.rounds if rank < min(weight.shape) else 0):  # at full rank there is no error left
-            target = weight - fitted.factors.delta()
-            corrected = LayerStats(lowrank.deflate(stats.gram, fitted.factors.A, KEPT), stats.n_tokens)
+            target = weight - B @ A
+            corrected = LayerStats(lowrank.deflate(stats.gram, A, KEPT), stats.n_tokens)
             quantized = quantize(target, corrected)
             if isinstance(quantized, QuantizedWeight):
                 quantized = descend(quantized, target, corrected.gram)
-            fitted = closed_form(weight - quantized.dequantize(), stats.gram, rank, self.split)
-            best = min(best, (quantized, fitted), key=lambda found: found[1].error)
-        return best[0], best[1].factors
+            B, A, error = lowrank.follow(weight - quantized.dequantize(), stats.gram, B)
+            if error < least:
+                best, least = quantized, error
+        if best is not first:
+            fitted = closed_form(weight - best.dequantize(), stats.gram, rank, self.split)
+        return best, fitted.factors
