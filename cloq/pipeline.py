@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from cloq import __version__, initializers, linalg, quantizers
-from cloq.calibration import CalibrationTokens, gram_matrices, shared_inputs, topped_up
+from cloq.calibration import CalibrationTokens, gram_matrices, paired_statistics, shared_inputs, topped_up
+from cloq.drift import Drift, corrected
 from cloq.errors import ModelError, SpecError
 from cloq.memory import in_smaller_batches
-from cloq.models import Batch, Decoder, linear_shape, set_weight
+from cloq.models import Batch, Decoder, Reference, linear_shape, set_weight
 from cloq.specs import LayerSpec, LoraSpec, RunSpec, layer_spec, matches, shown
 from cloq.store import Store
 from cloq.types import AnyQuantizedWeight, LayerMetrics, LayerResult, LayerStats, LoraFactors, WeightLayout
@@ -101,16 +102,20 @@ def _run_blocks(
     with clock("embed"):
         calibration = decoder.enter(tokens.calibration, spec.batch_tokens)
         heldout = decoder.enter(tokens.heldout, spec.batch_tokens) if len(tokens.heldout) else []
+        corrects = spec.correction > 0 and spec.propagate != "dense"
+        reference = Reference(decoder, decoder.enter(tokens.calibration, spec.batch_tokens)) if corrects else None
     for index in range(total):
         started = time.perf_counter()
         with clock("load"):
             block = decoder.load_block(index)
         linears = decoder.linears(index)
+        if reference:
+            reference.enter(index, linears)
         if index < done:
             apply_results(store.read(index), linears, spec.propagate)
             emit("replay", {"block": index, "blocks": total})
         else:
-            results = _solve_block(spec, decoder, index, linears, layers, calibration, heldout, clock, emit, given)
+            results = _solve_block(spec, decoder, index, linears, layers, calibration, heldout, reference, clock, emit, given)
             with clock("store"):
                 store.write(index, results)
         if index < last:
@@ -118,6 +123,8 @@ def _run_blocks(
                 for batches in (calibration, heldout):
                     for i, batch in enumerate(batches):  # in place: old and new activations of all batches never stand side by side
                         batches[i] = Batch(decoder.run_block(index, batch), batch.calls)
+                if reference:
+                    reference.propagate()
         decoder.drop_block(index)
         del block
         emit("block", {"block": index, "blocks": total, "seconds": time.perf_counter() - started, "replayed": index < done})
@@ -125,7 +132,7 @@ def _run_blocks(
 
 def _solve_block(
     spec: RunSpec, decoder: Decoder, index: int, linears: dict[str, nn.Module], layers: dict[str, LayerSpec],
-    calibration: list[Batch], heldout: list[Batch], clock: _Clock, emit: Emit, given: GivenBase | None,
+    calibration: list[Batch], heldout: list[Batch], reference: Reference | None, clock: _Clock, emit: Emit, given: GivenBase | None,
 ) -> dict[str, LayerResult]:  # fmt: skip
     wanted = {name: module for name, module in linears.items() if not layers[name].dense}
     with clock("capture"):
@@ -135,7 +142,7 @@ def _solve_block(
     for together in rounds:  # one forward per round; later rounds see the layers of earlier ones already quantized
         firsts = [group[0] for group in together]
         with clock("capture"):
-            stats = gram_matrices(_forwards(decoder, index, calibration), linears, firsts)
+            stats, drifts = _statistics(decoder, index, linears, together, calibration, reference)
             stats |= _topped_up(decoder, index, linears, calibration, stats)
             unseen = gram_matrices(_forwards(decoder, index, heldout), linears, firsts) if heldout else {}
         for group in together:
@@ -144,12 +151,27 @@ def _solve_block(
                 weight = decoder.weight(name, linears[name])
                 base = given.weight(name) if given else None
                 with clock("solve"):
+                    if name in drifts:
+                        weight = corrected(weight, seen, drifts.pop(name), spec.correction)
                     results[name] = solve_layer(weight, seen, held, layers[name], spec.lora, base)
                 emit("layer", {"block": index, "name": name, **dataclasses.asdict(results[name].metrics)})
             del seen, held
             with clock("apply"):
                 apply_results({name: results[name] for name in group}, linears, spec.propagate)
     return {name: results[name] for name in linears if name in results}
+
+
+def _statistics(
+    decoder: Decoder, index: int, linears: dict[str, nn.Module], groups: list[list[str]], batches: list[Batch], reference: Reference | None
+) -> tuple[dict[str, LayerStats], dict[str, Drift]]:  # fmt: skip
+    """Gram matrices of each group's input and, beside a reference, the drift of every layer."""
+    if reference is None:
+        return gram_matrices(_forwards(decoder, index, batches), linears, [group[0] for group in groups]), {}
+    pairs = (
+        (lambda b=batch: decoder.run_block(index, b), lambda b=original: reference.run(b))
+        for batch, original in zip(batches, reference.batches, strict=True)
+    )  # fmt: skip
+    return paired_statistics(pairs, linears, groups, reference.joined, decoder.expert_layers)
 
 
 def _topped_up(

@@ -239,6 +239,8 @@ class RunSpec(Spec):
     quantized: folder of a base that someone else quantized; its codes are taken as they are and only the factors are found (`cloq init`).
     propagate: what later layers are calibrated on: the outputs of `Q + BA` (`adapter`), of `Q` (`quantized`) or of the original (`dense`).
     sequential: inside a block, later layers see the earlier ones already quantized; otherwise one forward serves the whole block.
+    correction: share of what the layers before have done wrong that each layer is asked to make up for (see `cloq.drift`); 0 is the
+        published method. Where later layers are calibrated on the original's outputs there is nothing to make up for.
     device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`. batch_tokens: tokens per forward.
     trust_remote_code: run Python code that comes with the model. Off, and never needed by the families that are tested.
     """
@@ -254,6 +256,7 @@ class RunSpec(Spec):
     rules: tuple[Rule, ...] = ()
     propagate: str = "adapter"
     sequential: bool = True
+    correction: float = 0.5
     device: str = "auto"
     batch_tokens: int = 4096
     trust_remote_code: bool = False
@@ -265,6 +268,7 @@ class RunSpec(Spec):
             self.quantized is None or self.lora.init not in ("loftq", "pissa"),
             f"init {self.lora.init!r} changes the quantized weight and cannot be fitted to a given base; use cloq, eora, qera, svd or zero",
         )
+        require(0 <= self.correction <= 1, f"correction is {self.correction}; it is a share between 0 (off) and 1")
         require(self.batch_tokens >= 1, f"batch_tokens is {self.batch_tokens}; it must be at least 1")
 
 
@@ -292,7 +296,10 @@ def layer_spec(run: RunSpec, name: str) -> LayerSpec:
 FLAT = {
     **{
         name: ("", name)
-        for name in ("model", "revision", "quantized", "propagate", "sequential", "device", "batch_tokens", "trust_remote_code")
+        for name in (
+            *("model", "revision", "quantized", "propagate", "sequential", "correction"),
+            *("device", "batch_tokens", "trust_remote_code"),
+        )
     },
     **{name: ("", name) for name in ("only", "skip", "rules")},
     **{f.name: ("quant", f.name) for f in dataclasses.fields(QuantSpec)},

@@ -17,6 +17,7 @@ LAYERS = (
     {"specs"},
     {"linalg"},
     {"lowrank"},
+    {"drift"},
     {"packing"},
     {"quantizers"},
     {"initializers"},
@@ -37,7 +38,7 @@ LAYERS = (
 )
 """From the bottom up. A new module gets its line here; one that has none fails the test."""
 
-ALGEBRA = ("types", "linalg", "lowrank", "quantizers", "initializers", "packing", "calibration.gram")
+ALGEBRA = ("types", "linalg", "lowrank", "drift", "quantizers", "initializers", "packing", "calibration.gram")
 """Tensors in, value out: these know torch and nothing else from outside the standard library."""
 
 LIGHT = ("cloq", "cloq.errors", "cloq.specs", "cloq.cli")

@@ -1,17 +1,21 @@
-"""Text → token batches; hooks on one block; Gram sums."""
+"""Text → token batches; hooks on one block; Gram sums, and the drift beside them."""
 
 from cloq.calibration.gram import gram_matrices, shared_inputs, topped_up
+from cloq.calibration.paired import Junctions, junctions, paired_statistics
 from cloq.calibration.sources import NAMES, documents
 from cloq.calibration.tokens import CalibrationTokens, calibration_tokens, cut_sequences, draw_sequences, sequence_start
 
 __all__ = [
     "NAMES",
     "CalibrationTokens",
+    "Junctions",
     "calibration_tokens",
     "cut_sequences",
     "documents",
     "draw_sequences",
     "gram_matrices",
+    "junctions",
+    "paired_statistics",
     "sequence_start",
     "shared_inputs",
     "topped_up",

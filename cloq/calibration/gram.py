@@ -15,7 +15,7 @@ PANEL = 256
 """Columns of a Gram matrix that are added to in one product."""
 
 
-class _Enough(Exception):
+class Enough(Exception):
     """Raised inside a forward once the last wanted input has been seen: what follows in the block need not be computed."""
 
 
@@ -32,11 +32,11 @@ def shared_inputs(run: Callable[[], object], linears: dict[str, nn.Module]) -> l
     reached: set[str] = set()
 
     def see(name: str, x: Tensor) -> None:
-        _once(name, reached)
+        once(name, reached)
         held.append(x)
         groups.setdefault(_identity(x, len(held)), []).append(name)
 
-    with torch.no_grad(), _watching(linears, linears, see):
+    with torch.no_grad(), watching(linears, linears, see):
         run()
     return [*groups.values(), *([name] for name in linears if name not in reached)]
 
@@ -49,34 +49,50 @@ def gram_matrices(runs: Iterable[Callable[[], object]], linears: dict[str, nn.Mo
     zero matrix and `n_tokens` 0. Raises `ModelError` for a layer that runs twice in one forward, and for activations that are NaN
     or Inf.
     """
-    sums: dict[str, Tensor] = {}
-    tokens = dict.fromkeys(names, 0)
+    sums = GramSums(linears, names)
     reached: set[str] = set()
 
     def see(name: str, x: Tensor) -> None:
-        _once(name, reached)
-        rows = x.detach().flatten(0, -2).float()
-        if name not in sums:
-            sums[name] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
-        with _full_precision():
-            _add_upper_triangle(sums[name], rows)
-        tokens[name] += rows.shape[0]
+        once(name, reached)
+        sums.add(name, x.detach().flatten(0, -2).float())
         if len(reached) == len(names):
-            raise _Enough
+            raise Enough
 
-    with torch.no_grad(), _watching(linears, names, see):
+    with torch.no_grad(), watching(linears, names, see):
         for run in runs:
             reached.clear()
-            with suppress(_Enough):
+            with suppress(Enough):
                 run()
-    for name, gram in sums.items():
-        if not bool(torch.isfinite(gram.diagonal()).all()):  # sums of squares: they show whatever is not finite in any row
-            raise ModelError(
-                f"the inputs of {name} hold NaN, Inf or values beyond float32 on the calibration text; the model itself overflows"
-            )
-    for gram in sums.values():
-        _mirror(gram)
-    return {name: LayerStats(sums[name], tokens[name]) if name in sums else _nothing_seen(linears[name]) for name in names}
+    return sums.statistics()
+
+
+class GramSums:
+    """`Σ x xᵀ` of several layers' inputs, growing row by row; what `gram_matrices` says of sums holds here."""
+
+    def __init__(self, linears: dict[str, nn.Module], names: Sequence[str]):
+        self._linears = linears
+        self._sums: dict[str, Tensor] = {}
+        self._tokens = dict.fromkeys(names, 0)
+
+    def add(self, name: str, rows: Tensor) -> None:
+        """rows: `(tokens, in)` float32."""
+        if name not in self._sums:
+            self._sums[name] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
+        with full_precision():
+            _add_upper_triangle(self._sums[name], rows)
+        self._tokens[name] += rows.shape[0]
+
+    def statistics(self) -> dict[str, LayerStats]:
+        """Ends the sums. Raises `ModelError` for activations that were NaN or Inf."""
+        for name, gram in self._sums.items():
+            if not bool(torch.isfinite(gram.diagonal()).all()):  # sums of squares: they show whatever is not finite in any row
+                raise ModelError(
+                    f"the inputs of {name} hold NaN, Inf or values beyond float32 on the calibration text; the model itself overflows"
+                )
+        for gram in self._sums.values():
+            _mirror(gram)
+        seen, tokens = self._sums, self._tokens
+        return {name: LayerStats(seen[name], n) if name in seen else _nothing_seen(self._linears[name]) for name, n in tokens.items()}
 
 
 def topped_up(own: LayerStats, others: LayerStats, least: int) -> LayerStats:
@@ -111,7 +127,8 @@ def _mirror(gram: Tensor) -> None:
         gram[start + PANEL :, start : start + PANEL] = panel[:, start + PANEL :].T
 
 
-def _once(name: str, reached: set[str]) -> None:
+def once(name: str, reached: set[str]) -> None:
+    """Adds a name to those that a forward has reached; `ModelError` the second time."""
     if name in reached:
         raise ModelError(
             f"{name} runs more than once in one forward of its block, which is not supported; leave it dense with --skip {name}"
@@ -131,7 +148,7 @@ def _nothing_seen(linear: nn.Module) -> LayerStats:
 
 
 @contextmanager
-def _watching(linears: dict[str, nn.Module], names: Iterable[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+def watching(linears: dict[str, nn.Module], names: Iterable[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
     """`see(name, input)` before each forward of the named layers; the hooks are gone afterwards, whatever happened."""
 
     def hook_for(name: str):
@@ -149,7 +166,7 @@ def _watching(linears: dict[str, nn.Module], names: Iterable[str], see: Callable
 
 
 @contextmanager
-def _full_precision() -> Iterator[None]:
+def full_precision() -> Iterator[None]:
     """Float32 products of float32 matrices, whatever the caller has chosen for speed: TF32 on GPUs, bfloat16 on some CPUs."""
     if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch before 2.9; newer ones refuse the old setting beside the new
         before = torch.get_float32_matmul_precision()

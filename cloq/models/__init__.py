@@ -5,6 +5,7 @@ from cloq.models.decoder import Batch, Decoder
 from cloq.models.linears import is_conv1d, is_linear, linear_shape, set_weight
 from cloq.models.locate import cache_folder, locate
 from cloq.models.quiet import quiet_libraries
+from cloq.models.reference import Reference
 from cloq.models.sample import sample_text
 from cloq.models.skeleton import load_config, load_tokenizer, max_positions
 
@@ -12,6 +13,7 @@ __all__ = [
     "Batch",
     "Checkpoint",
     "Decoder",
+    "Reference",
     "TensorSource",
     "cache_folder",
     "is_conv1d",

@@ -1,0 +1,175 @@
+"""The compressed model's forward and the original's side by side: how far apart a layer's inputs are, and what its output is added to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+
+import torch
+from torch import Tensor, nn
+
+from cloq.calibration.gram import Enough, GramSums, full_precision, once, watching
+from cloq.drift import Drift
+from cloq.types import LayerStats
+
+Run = Callable[[], Tensor]
+"""One forward of a block on one micro-batch, which returns its hidden states."""
+
+Junctions = dict[str, "str | None"]
+"""Layers of a block whose output is added, as it is, to a stream → the part of the block that is given the sum; `None` where the block
+returns it. Both by their names inside the block, so that blocks of one kind have them in common."""
+
+_SAME = 1e-3
+"""How well an addition has to be one, of the largest value."""
+
+_TRANSPARENT = (nn.Dropout, nn.Identity)
+
+
+@torch.no_grad()
+def junctions(run: Run, block: nn.Module, layers: Iterable[str]) -> Junctions:
+    """Finds the sums that the outputs of a block's layers end in, for any architecture, by moving an output and looking where it shows.
+
+    A layer counts if the first thing behind it that changes, the input of some module or what the block returns, changes by exactly as
+    much and is not the layer's output itself. So the output projections of a pre-norm block count, and those of a block that normalizes
+    or scales them before adding do not.
+    """
+    modules = {m: name for name, m in block.named_modules() if name and not isinstance(m, _TRANSPARENT)}
+    plain: list[Tensor] = []
+    with _inputs_of(modules, lambda module, x: plain.append(x)):
+        returned = run()
+    found: Junctions = {}
+    for name in layers:
+        shown = _first_shown(run, block, modules, block.get_submodule(name), plain, returned)
+        if shown is not None:
+            found[name] = modules.get(shown)
+    return found
+
+
+def _first_shown(
+    run: Run, block: nn.Module, modules: dict[nn.Module, str], layer: nn.Module, plain: list[Tensor], returned: Tensor
+) -> nn.Module | None:  # fmt: skip
+    """The part of the block that is given a sum with the layer's output in it, or the block that returns it; `None` for neither."""
+    moved: list[tuple[Tensor, Tensor]] = []  # the layer's output, and by how much it was moved
+    shown: list[tuple[nn.Module, Tensor, Tensor]] = []  # the first that changed: whose input, before and after
+    position = 0
+
+    def move(module: nn.Module, args: tuple, y: Tensor) -> Tensor:
+        noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
+        moved.append((y, noise * (y.float().square().mean().sqrt() + 1e-3).to(y)))
+        return y + moved[-1][1]
+
+    def look(module: nn.Module, x: Tensor) -> None:
+        nonlocal position
+        before, position = plain[position], position + 1
+        if moved and not (x.shape == before.shape and torch.equal(x, before)):
+            shown.append((module, before, x))
+            raise Enough
+
+    with _inputs_of(modules, look), _hook(layer.register_forward_hook(move)), suppress(Enough):
+        shown.append((block, returned, run()))
+    if len(moved) != 1:
+        return None
+    (y, by), (module, before, after) = ([_rows(x) for x in moved[0]], (shown[0][0], *map(_rows, shown[0][1:])))
+    if not before.shape == y.shape == after.shape or torch.equal(before, y):
+        return None
+    tolerance = _SAME * float(torch.maximum(before.abs().max(), by.abs().max()))
+    return module if float((after - before - by).abs().max()) <= tolerance else None
+
+
+def paired_statistics(
+    pairs: Iterable[tuple[Run, Run]], linears: dict[str, nn.Module], groups: Sequence[Sequence[str]],
+    joined: dict[str, nn.Module | None], apart: Iterable[str] = (),
+) -> tuple[dict[str, LayerStats], dict[str, Drift]]:  # fmt: skip
+    """Gram matrices of each group's first layer, as of `gram_matrices`, and the drift of every layer of the groups.
+
+    pairs: for every micro-batch the compressed block's forward and the original's. groups: layers that share an input. joined: those whose
+    output is added to a stream → the module that is given the sum, `None` for the block's output; see `junctions`. apart: layers that are
+    not given the same tokens in both (experts); they have no drift.
+    """
+    names, apart = [group[0] for group in groups], set(apart)
+    adding = {name: (group[0], joined[name]) for group in groups for name in group if name in joined and group[0] not in apart}
+    sums = GramSums(linears, names)
+    inputs: dict[str, Tensor] = {}
+    streams: dict[str, Tensor] = {}
+    for run, original in pairs:
+        wanted = [name for name in names if name not in apart]
+        true = _Seen(original, linears, wanted, adding)
+        seen = _Seen(run, linears, names, adding)
+        for name, rows in seen.rows.items():
+            sums.add(name, rows)
+            if name in true.rows:
+                _add(inputs, name, true.rows[name] - rows, rows)
+        for name, (first, _) in adding.items():
+            _add(streams, name, true.streams[name] - seen.streams[name], seen.rows[first])
+    drifts = {name: Drift(inputs[group[0]], streams.get(name)) for group in groups if group[0] in inputs for name in group}
+    return sums.statistics(), drifts
+
+
+def _add(sums: dict[str, Tensor], name: str, difference: Tensor, rows: Tensor) -> None:
+    if name not in sums:
+        sums[name] = torch.zeros(difference.shape[1], rows.shape[1], device=rows.device)
+    with full_precision():
+        sums[name].addmm_(difference.T, rows)
+
+
+class _Seen:
+    """One forward's inputs of the named layers, `rows[name] (tokens, in)`, and what the outputs of `adding` are added to,
+    `streams[name] (tokens, out)`; float32. The forward is stopped as soon as both are known."""
+
+    def __init__(self, run: Run, linears: dict[str, nn.Module], names: Sequence[str], adding: dict[str, tuple[str, nn.Module | None]]):
+        self.rows: dict[str, Tensor] = {}
+        self.streams: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
+        reached: set[str] = set()
+
+        def see(name: str, x: Tensor) -> None:
+            once(name, reached)
+            self.rows[name] = _rows(x)
+            enough()
+
+        def join(name: str, total: Tensor) -> None:
+            if name in outputs and name not in self.streams:
+                self.streams[name] = _rows(total) - outputs.pop(name)
+                enough()
+
+        def enough() -> None:
+            if len(self.rows) == len(names) and len(self.streams) == len(adding):
+                raise Enough
+
+        with torch.no_grad(), watching(linears, names, see), ExitStack() as stack, suppress(Enough):
+            for name, (_, junction) in adding.items():
+                keep = linears[name].register_forward_hook(lambda m, a, y, name=name: outputs.update({name: _rows(y)}))
+                stack.enter_context(_hook(keep))
+                if junction is not None:
+                    stack.enter_context(_inputs_of([junction], lambda module, x, name=name: join(name, x)))
+            returned = run()
+            for name, (_, junction) in adding.items():
+                if junction is None:
+                    join(name, returned)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.detach().flatten(0, -2).float()
+
+
+@contextmanager
+def _hook(handle):
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _inputs_of(modules: Iterable[nn.Module], see: Callable[[nn.Module, Tensor], None]):
+    """`see(module, x)` before each forward of the modules, with the first tensor that it is given."""
+
+    def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        if x is not None:
+            see(module, x)
+
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(_hook(module.register_forward_pre_hook(hook, with_kwargs=True)))
+        yield
