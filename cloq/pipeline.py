@@ -102,8 +102,7 @@ def _run_blocks(
     with clock("embed"):
         calibration = decoder.enter(tokens.calibration, spec.batch_tokens)
         heldout = decoder.enter(tokens.heldout, spec.batch_tokens) if len(tokens.heldout) else []
-        corrects = spec.correction > 0 and spec.propagate != "dense"
-        reference = Reference(decoder, decoder.enter(tokens.calibration, spec.batch_tokens)) if corrects else None
+        reference = Reference(decoder, decoder.enter(tokens.calibration, spec.batch_tokens)) if spec.corrects else None
     for index in range(total):
         started = time.perf_counter()
         with clock("load"):

@@ -272,6 +272,12 @@ class RunSpec(Spec):
         require(self.batch_tokens >= 1, f"batch_tokens is {self.batch_tokens}; it must be at least 1")
 
 
+    @property
+    def corrects(self) -> bool:
+        """Whether the original model's activations go along, for later layers to make up for earlier ones."""
+        return self.correction > 0 and self.propagate != "dense"
+
+
 @dataclass(frozen=True)
 class LayerSpec(Spec):
     """What one module gets, after patterns and rules: `dense` leaves it as it is."""

@@ -155,8 +155,9 @@ def _phases(
     """Work by phase as `pipeline.quantize_blocks` goes through them."""
     calib = spec.calib
     sequences, tokens = calib.samples + calib.heldout_samples, (calib.samples + calib.heldout_samples) * calib.seq_len
+    beside = spec.corrects  # the original model's own activations, which only the calibration tokens have
     phases = {name: Work() for name in ("embed", "load", "capture", "solve", "apply", "store", "propagate", "export")}
-    phases["embed"] = Work(disk=3 * sizes.outer, streamed=8.0 * tokens * storage.width(decoder))
+    phases["embed"] = (1 + beside) * Work(disk=3 * sizes.outer, streamed=8.0 * tokens * storage.width(decoder))
     last = max(index for index in range(len(forwards)) if any(name in chosen for name in decoder.linears(index)))
     for index, forward in enumerate(forwards):
         prefix = decoder.block_name(index) + "."
@@ -164,17 +165,22 @@ def _phases(
         chosen_groups = [[prefix + name for name in group.names if prefix + name in chosen] for group in forward.groups]
         one_by_one = spec.sequential and spec.propagate != "dense"
         for together in decoder.rounds([names for names in chosen_groups if names], one_by_one):
-            phases["capture"] += sequences * group_of[together[-1][0]].before
+            phases["capture"] += (sequences + beside * calib.samples) * group_of[together[-1][0]].before
             for names in together:
                 phases["capture"] += algebra.gram(shapes[names[0]][1], sequences * group_of[names[0]].tokens)
+                drifts = beside and not decoder.expert_layers.keys() & set(names)
+                if drifts:
+                    phases["capture"] += algebra.drift(shapes[names[0]][1], calib.samples * group_of[names[0]].tokens)
+                    phases["solve"] += algebra.damped_cholesky(shapes[names[0]][1])
                 for name in names:
                     layer, rank = chosen[name], min(chosen[name].rank, *shapes[name])
                     given = spec.quantized is not None
                     phases["solve"] += algebra.solve(shapes[name], layer.quant, spec.lora, rank, calib.heldout_samples > 0, given)
+                    phases["solve"] += algebra.corrected(shapes[name]) if drifts else Work()
                     phases["apply"] += algebra.apply(shapes[name], rank) if spec.propagate != "dense" else Work()
         phases["load"] += Work(disk=sizes.element * decoder.block_parameters(index), streamed=6.0 * decoder.block_parameters(index))
         if index < last:
-            phases["propagate"] += sequences * forward.whole
+            phases["propagate"] += (sequences + beside * calib.samples) * forward.whole
     phases["store"] = Work(disk=sizes.store)
     phases["export"] = Work(disk=sizes.original + sizes.store + sizes.base + sizes.adapter)
     return phases

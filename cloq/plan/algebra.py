@@ -30,8 +30,11 @@ def solve(shape: Shape, quant: QuantSpec, lora: LoraSpec, rank: int, heldout: bo
     rank = min(rank, *shape)
     quantized = Work() if given else quantize(shape, quant)
     times = {"loftq": lora.iterations, "cloq": 1 + (0 if given else lora.rounds)}.get(lora.init, 1)
-    between = (times - 1) * for_the_factors(shape, rank) if lora.init == "cloq" else Work()
-    return times * (quantized + fit(shape, lora.init, rank)) + between + errors(shape, rank, heldout)
+    fits = times
+    between = Work()
+    if lora.init == "cloq":
+        between, fits = (times - 1) * for_the_factors(shape, rank), min(times, 2)  # the first codes and the best ones
+    return times * quantized + fits * fit(shape, lora.init, rank) + between + errors(shape, rank, heldout)
 
 
 def quantize(shape: Shape, quant: QuantSpec) -> Work:
@@ -48,7 +51,7 @@ def gptq(shape: Shape) -> Work:
     """`in` columns one by one, each moving the next few; products bring every block up to date with all columns before it."""
     out, columns = shape
     return Work(
-        products=_CHOLESKY * columns**3 + float(out) * columns * (columns + 2 * BLOCK),
+        products=damped_cholesky(columns).products + float(out) * columns * (columns + 2 * BLOCK),
         cached=24.0 * out * columns * INNER / 2 + 40.0 * out * columns,
         calls=float(_CALLS_PER_COLUMN) * columns,
     )
@@ -70,10 +73,10 @@ def fit(shape: Shape, init: str, rank: int) -> Work:
 
 
 def for_the_factors(shape: Shape, rank: int) -> Work:
-    """What a round of CLoQ adds: the deflated Gram matrix, and a sweep of `descend` with its gradient."""
+    """What a round of CLoQ adds: the deflated Gram matrix, a sweep of `descend` with its gradient, and `lowrank.follow`."""
     out, columns = shape
     return Work(
-        products=3.0 * out * columns**2 + 4.0 * rank * columns**2,
+        products=5.0 * out * columns**2 + 4.0 * rank * columns**2 + 16.0 * rank * out * columns,
         cached=16.0 * out * columns * descent.INNER / 2 + 40.0 * out * columns,
         calls=float(_CALLS_PER_COLUMN) * columns,
     )
@@ -110,6 +113,21 @@ def errors(shape: Shape, rank: int, heldout: bool) -> Work:
 def gram(columns: int, tokens: int) -> Work:
     """`Σ x xᵀ` over tokens, one triangle of it, by panels."""
     return Work(products=float(tokens) * columns * (columns + min(PANEL, columns)))
+
+
+def drift(columns: int, tokens: int) -> Work:
+    """`Σ (x° − x) xᵀ` over tokens, which is not symmetric."""
+    return Work(products=2.0 * tokens * columns**2, streamed=12.0 * tokens * columns)
+
+
+def damped_cholesky(columns: int) -> Work:
+    return Work(products=_CHOLESKY * columns**3)
+
+
+def corrected(shape: Shape) -> Work:
+    """`drift.corrected`, once the Gram matrix is factorized: a product and two triangular solves."""
+    out, columns = shape
+    return Work(products=4.0 * out * columns**2)
 
 
 def apply(shape: Shape, rank: int) -> Work:

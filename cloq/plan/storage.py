@@ -89,7 +89,8 @@ def peak_memory(
     Pages of the checkpoint that the system keeps because nothing else needs the room are not counted.
     """
     calib = spec.calib
-    activations = 4.0 * (calib.samples + calib.heldout_samples) * calib.seq_len * width(decoder)
+    streams = calib.samples * (2 if spec.corrects else 1) + calib.heldout_samples
+    activations = 4.0 * streams * calib.seq_len * width(decoder)
     entering = {"activations": activations, "embeddings": 4.0 * sizes.outer / sizes.element}
     solving = {"activations": activations} | _solving(spec, decoder, chosen, shapes, forwards)
     exporting = {"a shard being written": 2.0 * max(min(sizes.base, SHARD_BYTES), sizes.adapter)}
@@ -108,9 +109,10 @@ def _solving(
         grams.append(max((sum(4.0 * shapes[names[0]][1] ** 2 for names in together) for together in rounds), default=0.0))
     batch = max(1, spec.batch_tokens // spec.calib.seq_len)
     running = _LIVE * batch * max(forward.largest for forward in forwards)
+    matrices = 1 + (spec.calib.heldout_samples > 0) + spec.corrects
     return {
-        "a block": 4.0 * max(decoder.block_parameters(index) for index in range(len(decoder.blocks))),
-        "Gram matrices": max(grams) * (2 if spec.calib.heldout_samples else 1),
+        "a block": (2 if spec.corrects else 1) * 4.0 * max(decoder.block_parameters(index) for index in range(len(decoder.blocks))),
+        "Gram matrices": max(grams) * matrices,
         "at work": max(running, *(_solving_layer(shapes[name]) for name in chosen)),
     }
 

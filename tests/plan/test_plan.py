@@ -98,8 +98,16 @@ def test_one_forward_for_a_block_is_less_than_one_for_each_group(decoder):
     sequential, together = _plan(decoder), _plan(decoder, sequential=False)
     assert together.work["capture"].products < sequential.work["capture"].products
     assert together.work["solve"] == sequential.work["solve"]
-    dense = _plan(decoder, propagate="dense")
+    together, dense = _plan(decoder, sequential=False, correction=0.0), _plan(decoder, propagate="dense")
     assert dense.work["capture"] == together.work["capture"] and dense.seconds["apply"] == 0 < sequential.seconds["apply"]
+
+
+def test_what_the_correction_costs_is_counted(decoder):
+    without, corrected = _plan(decoder, correction=0.0), _plan(decoder, correction=0.5)
+    assert without == _plan(decoder, correction=0.0) and corrected.work["capture"].products > 1.5 * without.work["capture"].products
+    for phase in ("embed", "propagate", "solve"):
+        assert sum(vars(corrected.work[phase]).values()) > sum(vars(without.work[phase]).values())
+    assert sum(corrected.memory.values()) > sum(without.memory.values()) and corrected.work["export"] == without.work["export"]
 
 
 def test_layers_that_are_left_out_cost_nothing(decoder):

@@ -1,0 +1,165 @@
+"""Two forwards side by side: drift against the naive twin, and where the outputs of layers are added."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cloq.calibration import gram_matrices, junctions, paired_statistics
+from cloq.errors import ModelError
+from cloq.models import Decoder
+from tests.tiny import save_tiny
+
+WIDTH, HIDDEN = 6, 10
+
+
+class Block(nn.Module):
+    """A pre-norm block; `scaled` is added with a factor, `before_norm` is normalized before it is added."""
+
+    def __init__(self, seed: int = 0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.norm, self.second, self.after = (nn.LayerNorm(WIDTH) for _ in range(3))
+        self.q, self.k, self.o, self.scaled, self.before_norm = (nn.Linear(WIDTH, WIDTH) for _ in range(5))
+        self.dropout = nn.Dropout(0.5)
+        self.up, self.down = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
+        self.finished = 0
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.norm(x)
+        x = x + self.dropout(self.o(self.q(n) * self.k(n)))
+        n = self.second(x)
+        x = x + 0.5 * self.scaled(n) + self.after(self.before_norm(n))
+        x = x + self.down(nn.functional.silu(self.up(x)))
+        self.finished += 1
+        return x
+
+
+LAYERS = ("q", "k", "o", "scaled", "before_norm", "up", "down")
+GROUPS = [["q", "k"], ["o"], ["up"], ["down"]]
+
+
+def linears(block):
+    return {name: block.get_submodule(name) for name in LAYERS}
+
+
+def batches(seed, *sizes):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(n, 5, WIDTH, generator=generator) for n in sizes]
+
+
+def joined(block):
+    found = junctions(lambda: block(batches(1, 2)[0]), block, LAYERS)
+    return {name: block.get_submodule(to) if to else None for name, to in found.items()}
+
+
+def by_hand(block, x):
+    """Rows of each layer's input and of the streams, in float64."""
+    import copy
+
+    b, x = copy.deepcopy(block).double(), x.double()
+    n = b.norm(x)
+    mixed = b.q(n) * b.k(n)
+    first = x + b.o(mixed)
+    m = b.second(first)
+    second = first + 0.5 * b.scaled(m) + b.after(b.before_norm(m))
+    inner = nn.functional.silu(b.up(second))
+    rows = {"q": n, "o": mixed, "up": second, "down": inner, "o's stream": x, "down's stream": second}
+    return {name: value.detach().flatten(0, -2) for name, value in rows.items()}
+
+
+def test_sums_are_found_by_moving_outputs():
+    block = Block()
+    assert junctions(lambda: block(batches(1, 2)[0]), block, LAYERS) == {"o": "second", "down": None}
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in block.modules())
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    (
+        ("llama", {"self_attn.o_proj": "post_attention_layernorm", "mlp.down_proj": None}),
+        ("gpt2", {"attn.c_proj": "ln_2", "mlp.c_proj": None}),
+        ("gpt_neox", {"attention.dense": None, "mlp.dense_4h_to_h": None}),  # attention and MLP side by side
+        ("opt", {"self_attn.out_proj": "final_layer_norm", "fc2": None}),  # in rows of tokens without sequences
+        ("gemma2", {}),  # normalizes what it adds
+        ("granite", {}),  # scales what it adds
+        ("mixtral", {"self_attn.o_proj": "post_attention_layernorm"}),
+    ),
+)
+def test_sums_of_real_families(family, expected, tmp_path):
+    decoder = Decoder(save_tiny(family, tmp_path))
+    batch = decoder.enter(torch.arange(32).reshape(2, 16), 4096)[0]
+    decoder.load_block(0)
+    names = [n.removeprefix(decoder.block_name(0) + ".") for n in decoder.linears(0) if n not in decoder.expert_layers]
+    assert junctions(lambda: decoder.run_block(0, batch), decoder.blocks[0], names) == expected
+
+
+def test_drift_is_that_of_the_naive_twin():
+    block, original = Block(0), Block(1)
+    pairs = list(zip(batches(2, 2, 3), batches(3, 2, 3), strict=True))
+    runs = [(lambda x=x: block(x), lambda y=y: original(y)) for x, y in pairs]
+    # the original's sums are looked for in the same modules, as in a model whose weights are exchanged
+    outer = {"o": "second", "down": None}
+    with torch.no_grad():
+        found = [_one(block, original, outer, run) for run in runs]
+        wanted = [(by_hand(block, x), by_hand(original, y)) for x, y in pairs]
+    for name, first in (("q", "q"), ("k", "q"), ("o", "o"), ("up", "up"), ("down", "down")):
+        expected = sum((true[first] - its[first]).T @ its[first] for its, true in wanted)
+        torch.testing.assert_close(sum(d[name].inputs for _, d in found).double(), expected, rtol=1e-4, atol=1e-4)
+        if name in outer:
+            stream = f"{name}'s stream"
+            expected = sum((true[stream] - its[stream]).T @ its[first] for its, true in wanted)
+            torch.testing.assert_close(sum(d[name].stream for _, d in found).double(), expected, rtol=1e-4, atol=1e-4)
+        else:
+            assert found[0][1][name].stream is None
+
+
+def _one(block, original, outer, run):
+    """Both forwards run on one module whose weights are exchanged in between, as a `Reference` does."""
+    weights = {name: p.data.clone() for name, p in block.named_parameters()}
+
+    def exchanged(y=run[1]):
+        x = y.__defaults__[0]
+        for name, p in original.named_parameters():
+            block.get_parameter(name).data = p.data
+        try:
+            return block(x)
+        finally:
+            for name, value in weights.items():
+                block.get_parameter(name).data = value
+
+    to = {name: block.get_submodule(path) if path else None for name, path in outer.items()}
+    return paired_statistics([(run[0], exchanged)], linears(block), GROUPS, to)
+
+
+def test_gram_matrices_are_those_of_one_forward():
+    block, xs = Block(), batches(2, 2, 3)
+    together, _ = paired_statistics([(lambda x=x: block(x), lambda x=x: block(x)) for x in xs], linears(block), GROUPS, joined(block))
+    alone = gram_matrices([lambda x=x: block(x) for x in xs], linears(block), [group[0] for group in GROUPS])
+    for name, stats in alone.items():
+        assert torch.equal(together[name].gram, stats.gram) and together[name].n_tokens == stats.n_tokens
+
+
+def test_equal_forwards_have_no_drift_and_layers_apart_none_at_all():
+    block, xs = Block(), batches(2, 2)
+    runs = [(lambda x=x: block(x), lambda x=x: block(x)) for x in xs]
+    stats, drifts = paired_statistics(runs, linears(block), GROUPS, joined(block), apart=["up", "down"])
+    assert set(stats) == {"q", "o", "up", "down"} and set(drifts) == {"q", "k", "o"}
+    assert all(float(drift.inputs.abs().max()) == 0 for drift in drifts.values()) and float(drifts["o"].stream.abs().max()) == 0
+
+
+def test_forwards_stop_where_all_is_seen():
+    block, xs = Block(), batches(2, 2)
+    runs = [(lambda x=x: block(x), lambda x=x: block(x)) for x in xs]
+    paired_statistics(runs, linears(block), [["q", "k"], ["o"]], joined(block))
+    finished = block.finished
+    paired_statistics(runs, linears(block), [["q", "k"], ["o"]], joined(block))
+    assert block.finished == finished + 2  # of `joined`: one to look, and one for the layer whose sum is the output
+    paired_statistics(runs, linears(block), [["down"]], joined(block))
+    assert block.finished > finished + 4  # the block's output itself is waited for
+
+
+def test_activations_that_are_not_finite_are_refused():
+    block, x = Block(), batches(2, 1)[0]
+    with pytest.raises(ModelError, match="overflows"):
+        paired_statistics([(lambda: block(x / 0), lambda: block(x))], linears(block), GROUPS, {})
