@@ -109,7 +109,8 @@ def _run_blocks(
             block = decoder.load_block(index)
         linears = decoder.linears(index)
         if reference:
-            reference.enter(index, linears)
+            with clock("capture"):
+                reference.enter(index, linears)
         if index < done:
             apply_results(store.read(index), linears, spec.propagate)
             emit("replay", {"block": index, "blocks": total})

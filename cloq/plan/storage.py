@@ -101,18 +101,23 @@ def peak_memory(
 def _solving(
     spec: RunSpec, decoder: Decoder, chosen: dict[str, LayerSpec], shapes: dict[str, Shape], forwards: list[BlockForward]
 ) -> dict[str, float]:  # fmt: skip
+    def matrices(name: str) -> int:
+        """Sums over the calibration tokens, over the held-out ones, and of the drift, which experts have none of."""
+        return 1 + (spec.calib.heldout_samples > 0) + (spec.corrects and name not in decoder.expert_layers)
+
     grams = []
     for index, forward in enumerate(forwards):
         prefix = decoder.block_name(index) + "."
         groups = [[prefix + name for name in group.names if prefix + name in chosen] for group in forward.groups]
         rounds = decoder.rounds([names for names in groups if names], one_by_one=spec.sequential and spec.propagate != "dense")
-        grams.append(max((sum(4.0 * shapes[names[0]][1] ** 2 for names in together) for together in rounds), default=0.0))
+        grams.append(
+            max((sum(matrices(names[0]) * 4.0 * shapes[names[0]][1] ** 2 for names in together) for together in rounds), default=0.0)
+        )
     batch = max(1, spec.batch_tokens // spec.calib.seq_len)
     running = _LIVE * batch * max(forward.largest for forward in forwards)
-    matrices = 1 + (spec.calib.heldout_samples > 0) + spec.corrects
     return {
         "a block": (2 if spec.corrects else 1) * 4.0 * max(decoder.block_parameters(index) for index in range(len(decoder.blocks))),
-        "Gram matrices": max(grams) * matrices,
+        "Gram matrices": max(grams),
         "at work": max(running, *(_solving_layer(shapes[name]) for name in chosen)),
     }
 
