@@ -241,11 +241,9 @@ def _report(result: RunResult, decoder: Decoder, form: str | None, versions: dic
 
 def peak_memory(device: torch.device) -> dict[str, int]:
     """Bytes: the process's largest resident set, and what torch held at most on the GPU."""
-    import resource
-    import sys
-
     import torch
 
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    from cloq.memory import peak_resident
+
+    peak = {"host": peak_resident()}
     return peak | ({"device": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {})

@@ -1,4 +1,4 @@
-"""When memory runs out in a forward: the same again in smaller micro-batches, which is said and kept.
+"""How much memory a process took, and when it runs out in a forward: the same again in smaller micro-batches, which is said and kept.
 
 What a forward needs grows with its micro-batch, so half as many sequences at a time may fit. The result is the same but for the order in
 which floats are summed. So that a run still has one result, the size that was found is stored with its blocks, and every continuation
@@ -7,13 +7,27 @@ starts with it.
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from cloq.errors import RunError
 
 _SAID_BY_ALLOCATORS = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory", "MPS backend out of memory")
+
+
+def peak_resident() -> int:
+    """Bytes of this process's largest resident set, since its program began.
+
+    On Linux not `ru_maxrss`: a child inherits that from the process that started it, however large that one was.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        return next(1024 * int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -38,6 +38,8 @@ TOOLS = {
 (as GPTQModel has them) or searched (cloq's default). `ordered` comes nearest to GPTQModel's defaults: damping 0.05, and columns by their
 activations with the groups kept as they are."""
 
+PEAK = "peak.txt"
+
 ENVIRONMENT = {"GPTQMODEL_CPU_WORKERS": "2", "TORCHDYNAMO_DISABLE": "1"}
 """Of every child. Workers: GPTQModel ends with an error where it would choose one by itself, as it does on two cores."""
 
@@ -84,10 +86,9 @@ def in_child(name: str, out: Path) -> tuple[float, float]:
     began = time.perf_counter()
     command = [sys.executable, __file__, *sys.argv[1:], "--child", name, "--out", str(out)]
     process = subprocess.Popen(command, env=os.environ | ENVIRONMENT, stdout=sys.stderr)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{name} failed with status {status}")
-    return time.perf_counter() - began, usage.ru_maxrss / 1024
+    if process.wait():
+        raise SystemExit(f"{name} failed with status {process.returncode}")
+    return time.perf_counter() - began, int((out / PEAK).read_text()) / 2**20
 
 
 def main() -> None:
@@ -107,8 +108,11 @@ def main() -> None:
     parser.add_argument("--out", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
+        from cloq.memory import peak_resident
+
         work = quantize_with_gptqmodel if args.child.startswith("gptqmodel") else quantize_with_cloq
         work(args, Path(args.out), **TOOLS[args.child])
+        (Path(args.out) / PEAK).write_text(str(peak_resident()))
         return
 
     from cloq.evaluate import evaluation_tokens, perplexity

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -36,11 +35,9 @@ def peak(args: argparse.Namespace, base: str, init: str) -> float:
     """MiB."""
     with tempfile.TemporaryDirectory() as work:
         command = [sys.executable, __file__, *sys.argv[1:], "--base", base, "--init", init, "--out", str(Path(work) / "out")]
-        process = subprocess.Popen(command, stdout=sys.stderr)
-        _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{base} with {init} failed with status {status}")
-    return usage.ru_maxrss / 1024
+        if subprocess.run(command, stdout=sys.stderr).returncode:
+            raise SystemExit(f"{base} with {init} failed")
+        return json.loads((Path(work) / "out/report.json").read_text())["peak_memory"]["host"] / 2**20
 
 
 def main() -> None:

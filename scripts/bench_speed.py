@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,10 +21,11 @@ from unittest import mock
 
 import torch
 
-from cloq import pipeline
+from cloq import lowrank, pipeline
 from cloq.api import open_decoder, run
-from cloq.calibration import gram
+from cloq.calibration import gram, paired
 from cloq.initializers import cloq as closed
+from cloq.memory import peak_resident
 from cloq.pipeline import resolve_device
 from cloq.plan import algebra, plan
 from cloq.plan.work import Machine, Work, measure
@@ -35,6 +34,9 @@ from cloq.specs import RunSpec, run_spec
 
 WHOLE = {"load": "load", "propagate": "propagate", "store": "store", "export": "pack and export", "apply": "apply", "embed": "embed"}
 """Phases of a run that are one part of the table, and what they are called there."""
+
+SUMS = ("Gram sums", "drift sums")
+"""Parts inside the capture; all others that have a clock are inside the solve."""
 
 
 class Clocks:
@@ -61,9 +63,14 @@ def clocked_run(spec: RunSpec, out: Path) -> tuple[Clocks, dict[str, float], flo
     searched = Work(cached=float(algebra._SEARCH_BYTES)) if spec.quant.search else Work()
     wrapped = [
         (gram, "_add_upper_triangle", "Gram sums", lambda total, rows: algebra.gram(len(total), len(rows))),
+        (paired, "_add", "drift sums", lambda sums, name, off, rows: Work(products=2.0 * off.numel() * rows.shape[1])),
+        (pipeline, "corrected", "correction", lambda weight, *rest: algebra.corrected(weight.shape)),
         (Gptq, "quantize", "GPTQ", lambda self, weight, stats: algebra.gptq(weight.shape) + weight.numel() * searched),
         (Magr, "reduce", "MagR", lambda self, weight, stats: algebra.magr(weight.shape)),
         (closed, "closed_form", "closed form", lambda error, gram, rank, *rest: algebra.fit(error.shape, "cloq", rank)),
+        (closed, "descend", "coordinate descent", lambda quantized, *rest: algebra.descent(quantized.shape)),
+        (lowrank, "deflate", "deflation", lambda gram, rows, *rest: algebra.deflation(len(gram), len(rows))),
+        (lowrank, "follow", "following the error", lambda error, gram, vectors: algebra.following(error.shape, vectors.shape[1])),
         (pipeline, "_errors", "layer metrics", lambda weight, *rest: algebra.errors(weight.shape, 0, False)),
     ]
     with ExitStack() as stack:
@@ -75,11 +82,11 @@ def clocked_run(spec: RunSpec, out: Path) -> tuple[Clocks, dict[str, float], flo
 
 def parts(clocks: Clocks, phases: dict[str, float], planned: dict[str, Work], seconds: float) -> list[tuple[str, float, Work]]:
     """Every second of the run, once: (part, seconds, work)."""
-    sums = clocks.work.get("Gram sums", Work())
-    inside = [part for part in clocks.seconds if part != "Gram sums"]
+    sums = sum((clocks.work.get(part, Work()) for part in SUMS), Work())
+    inside = [part for part in clocks.seconds if part not in SUMS]
     forward = Work(products=max(planned["capture"].products - sums.products, 0.0), streamed=planned["capture"].streamed)
     rows = [(name, phases[phase], planned[phase]) for phase, name in WHOLE.items() if phase in phases]
-    rows.append(("capture: forwards", phases["capture"] - clocks.seconds["Gram sums"], forward))
+    rows.append(("capture: forwards", phases["capture"] - sum(clocks.seconds.get(part, 0.0) for part in SUMS), forward))
     rows += [(part, clocks.seconds[part], clocks.work[part]) for part in clocks.seconds]
     rows.append(("rest of the solve", phases["solve"] - sum(clocks.seconds[part] for part in inside), Work()))
     rows.append(("imports, text, report", seconds - sum(phases.values()), Work()))
@@ -123,7 +130,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         clocks, phases, seconds = clocked_run(spec, Path(work) / "out")
     machine = best([planned.machine, measure(device)])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = peak_resident()
     print(
         f"{torch.get_num_threads()} threads; products {machine.products / 1e9:.0f} GFLOP/s in float32, {machine.wide / 1e9:.0f} in float64;"
     )

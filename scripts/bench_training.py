@@ -3,7 +3,7 @@
     cloq quantize MODEL --bits 2 --out RUN
     python scripts/bench_training.py MODEL RUN
 
-Every case is a process of its own, whose largest resident set the kernel reports when it ends (on a GPU, torch's own peak). All cases have
+Every case is a process of its own, whose largest resident set counts (on a GPU, torch's own peak). All cases have
 the same rank, targets, batch, sequence length and optimizer; NF4 and dense start from zero factors, as QLoRA and LoRA do.
 
 The bound is what such a training cannot do without: the process before it loads the model, the stored weights, 16 bytes for each trained
@@ -63,24 +63,20 @@ def main() -> None:
 
 
 def in_child(case: str) -> dict:
-    """Runs one case with this command's own arguments and adds the peak of its resident set."""
+    """What one case, run with this command's own arguments, found."""
     with tempfile.NamedTemporaryFile("r") as answer:
         environment = os.environ | {"BENCH_ANSWER": answer.name, "TORCHDYNAMO_DISABLE": "1"}
         environment |= RETURN_FREED if "--return-freed" in sys.argv else {}
         process = subprocess.Popen([sys.executable, *sys.argv, "--child", case], env=environment, stdout=subprocess.DEVNULL)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
+        if process.wait():
             raise SystemExit(f"{case} ended with {process.returncode}")
-        found = json.loads(answer.read())
-    if found["peak"] is None:
-        found["peak"] = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return found
+        return json.loads(answer.read())
 
 
 def measure(arguments: argparse.Namespace) -> None:
     import torch
 
+    from cloq.memory import peak_resident
     from cloq.models import quiet_libraries
 
     quiet_libraries()
@@ -116,7 +112,7 @@ def measure(arguments: argparse.Namespace) -> None:
         "weights": weights,
         "kept": kept,
         "bound": before + weights + 16 * values + kept,
-        "peak": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
+        "peak": torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_resident(),
     }
     Path(os.environ["BENCH_ANSWER"]).write_text(json.dumps(found))
 

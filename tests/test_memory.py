@@ -1,6 +1,8 @@
 """Out of memory in a forward: smaller batches, told, kept, and with one result however often the run is interrupted."""
 
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch
 from cloq import pipeline
 from cloq.api import run
 from cloq.errors import RunError
-from cloq.memory import in_smaller_batches, is_out_of_memory
+from cloq.memory import in_smaller_batches, is_out_of_memory, peak_resident
 from cloq.models import Decoder
 from cloq.specs import run_spec
 from cloq.store import Store
@@ -126,3 +128,12 @@ def test_a_damaged_record_is_refused(text, tmp_path):
     (store.folder / "batch.json").write_text(text)
     with pytest.raises(RunError, match=r"batch\.json is damaged .*--restart"):
         store.kept_batch()
+
+
+def test_a_child_does_not_inherit_its_parents_peak():
+    """As it does in `ru_maxrss`: a program that starts cloq may be as large as it likes."""
+    ballast = bytearray(300 << 20)
+    ballast[:: 1 << 12] = b"x" * len(ballast[:: 1 << 12])
+    code = "from cloq.memory import peak_resident; print(peak_resident())"
+    child = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert 50 << 20 < child < peak_resident() - (100 << 20)

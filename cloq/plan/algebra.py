@@ -9,7 +9,6 @@ from __future__ import annotations
 from cloq import linalg, lowrank
 from cloq.calibration.gram import PANEL
 from cloq.plan.work import Work
-from cloq.quantizers import descent
 from cloq.quantizers.gptq import BLOCK, INNER
 from cloq.quantizers.magr import Magr
 from cloq.specs import LoraSpec, QuantSpec
@@ -73,13 +72,29 @@ def fit(shape: Shape, init: str, rank: int) -> Work:
 
 
 def for_the_factors(shape: Shape, rank: int) -> Work:
-    """What a round of CLoQ adds: the deflated Gram matrix, a sweep of `descend` with its gradient, and `lowrank.follow`."""
+    """What a round of CLoQ adds to the quantizer's work."""
+    return deflation(shape[1], rank) + descent(shape) + following(shape, rank)
+
+
+def deflation(columns: int, rank: int) -> Work:
+    """`lowrank.deflate`."""
+    return Work(products=4.0 * rank * columns**2, streamed=24.0 * columns**2)
+
+
+def descent(shape: Shape) -> Work:
+    """A sweep of `quantizers.descend`: the gradient, and what each block's changes do to it."""
     out, columns = shape
     return Work(
-        products=5.0 * out * columns**2 + 4.0 * rank * columns**2 + 16.0 * rank * out * columns,
-        cached=16.0 * out * columns * descent.INNER / 2 + 40.0 * out * columns,
+        products=3.0 * out * columns**2,
+        cached=16.0 * out * columns * INNER / 2 + 40.0 * out * columns,
         calls=float(_CALLS_PER_COLUMN) * columns,
     )
+
+
+def following(shape: Shape, rank: int) -> Work:
+    """`lowrank.follow`: the error times the Gram matrix, and two steps with thin matrices."""
+    out, columns = shape
+    return Work(products=2.0 * out * columns**2 + 14.0 * rank * out * columns, streamed=30.0 * out * columns)
 
 
 def top_eigenvectors(shape: Shape, rank: int, whole_gram: bool, wide: bool = False) -> Work:
