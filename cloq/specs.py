@@ -35,6 +35,13 @@ QUANTIZER_SETTINGS = {
 INITIALIZER_SETTINGS = {"split": ("cloq",), "rounds": ("cloq",), "iterations": ("loftq",)}
 """Settings of `LoraSpec` that not every initializer has → those that do."""
 
+EFFORTS: dict[str, dict[str, Any]] = {
+    "fast": {"rounds": 1, "correction": 0.0},
+    "default": {},
+    "best": {"rounds": 16},
+}
+"""What a run may cost → flat settings in place of the defaults. docs/results.md has what each of them buys."""
+
 
 def require(condition: bool, message: str) -> None:
     """Raises `SpecError` with the message unless the condition holds."""
@@ -271,7 +278,6 @@ class RunSpec(Spec):
         require(0 <= self.correction <= 1, f"correction is {self.correction}; it is a share between 0 (off) and 1")
         require(self.batch_tokens >= 1, f"batch_tokens is {self.batch_tokens}; it must be at least 1")
 
-
     @property
     def corrects(self) -> bool:
         """Whether the original model's activations go along, for later layers to make up for earlier ones."""
@@ -319,11 +325,18 @@ FLAT = {
 """Settings by the flat names of the Python API and the command line → (section of the spec, field)."""
 
 
-def run_spec(base: RunSpec | None = None, **settings: Any) -> RunSpec:
-    """A `RunSpec` from flat settings (`bits=2, calib="c4"`), on top of `base` or of the defaults. Unknown names raise `SpecError`."""
+def run_spec(base: RunSpec | None = None, effort: str | None = None, **settings: Any) -> RunSpec:
+    """A `RunSpec` from flat settings (`bits=2, calib="c4"`), on top of `base` or of the defaults. Unknown names raise `SpecError`.
+
+    effort: one of `EFFORTS`, whose settings lie between the two: those that the initializer has and `settings` does not name.
+    """
     unknown = sorted(set(settings) - set(FLAT))
-    require(not unknown, f"unknown setting {', '.join(map(repr, unknown))}; known: {', '.join(FLAT)}")
+    require(not unknown, f"unknown setting {', '.join(map(repr, unknown))}; known: effort, {', '.join(FLAT)}")
     values = (base or RunSpec()).to_dict()
+    if effort is not None:
+        one_of("effort", effort, tuple(EFFORTS))
+        init = settings.get("init", values["lora"]["init"])
+        settings = {k: v for k, v in EFFORTS[effort].items() if init in INITIALIZER_SETTINGS.get(k, (init,))} | settings
     for name, value in settings.items():
         section, key = FLAT[name]
         if key in ("only", "skip") and isinstance(value, str):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from cloq import specs
 from cloq.errors import CloqError, SpecError
 from cloq.specs import (
+    EFFORTS,
     BITS,
     FLAT,
     GROUP_SIZES,
@@ -313,3 +314,23 @@ def test_a_message_shows_no_more_of_a_value_than_a_person_reads():
     with pytest.raises(SpecError, match=r"unknown setting 'a', 1, None"):
         RunSpec.from_dict({1: 2, "a": 3, None: 4})
     assert len(str(caught.value)) < 500
+
+
+def test_effort_lies_between_the_defaults_and_what_is_said():
+    for effort, values in EFFORTS.items():
+        assert run_spec(effort=effort) == run_spec(**values)
+    assert run_spec(effort="best").lora.rounds > run_spec().lora.rounds > run_spec(effort="fast").lora.rounds
+    assert run_spec(effort="best", rounds=3).lora.rounds == 3
+    assert run_spec(run_spec(bits=3, rounds=2), effort="best") == run_spec(bits=3, effort="best")
+    assert run_spec(effort="fast", init="svd") == run_spec(init="svd", correction=0.0)  # which has no rounds
+    assert run_spec(run_spec(init="eora"), effort="best") == run_spec(init="eora")
+    with pytest.raises(SpecError, match="effort is 'heroic'; allowed: fast, default, best"):
+        run_spec(effort="heroic")
+
+
+def test_correction_goes_with_what_later_layers_see():
+    assert run_spec().corrects and run_spec(propagate="quantized").corrects
+    assert not run_spec(propagate="dense").corrects and not run_spec(correction=0.0).corrects
+    for value in (-0.1, 1.5, float("nan")):
+        with pytest.raises(SpecError, match="correction is"):
+            run_spec(correction=value)

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from cloq.errors import SpecError
-from cloq.specs import FLAT, INITIALIZER_NAMES, PROPAGATE, QUANTIZER_NAMES, SPLIT_NAMES, RunSpec, run_spec
+from cloq.specs import EFFORTS, FLAT, INITIALIZER_NAMES, PROPAGATE, QUANTIZER_NAMES, SPLIT_NAMES, RunSpec, run_spec
 
 HELP = {
     "bits": "Bits per weight: 2, 3, 4 or 8.",
@@ -117,12 +117,14 @@ def _converted(name: str, value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-with_settings = with_flags([_flag(name) for name in HELP], _converted)
+_EFFORT = Flag("effort", str, f"What the run may cost: {', '.join(EFFORTS)}. Other flags win over it.", "default")
+
+with_settings = with_flags([_EFFORT, *map(_flag, HELP)], _converted)
 """Gives a command every setting of a run."""
 
 
 def _quantizes(name: str) -> bool:
-    return FLAT[name][0] == "quant" or name == "rounds"
+    return (name in FLAT and FLAT[name][0] == "quant") or name == "rounds"
 
 
 def _refuse_quantizing(name: str, value: Any) -> None:
@@ -137,7 +139,7 @@ def _converted_for_given(name: str, value: Any) -> Any:
     return _converted(name, value)
 
 
-with_settings_of_factors = with_flags([replace(_flag(name), hidden=_quantizes(name)) for name in HELP], _converted_for_given)
+with_settings_of_factors = with_flags([_EFFORT, *(replace(_flag(name), hidden=_quantizes(name)) for name in HELP)], _converted_for_given)
 """Gives a command every setting of a run on a base that is given. Those of the quantization are refused, with the reason."""
 
 
