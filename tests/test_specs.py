@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from cloq import specs
 from cloq.errors import CloqError, SpecError
 from cloq.specs import (
-    EFFORTS,
     BITS,
+    EFFORTS,
     FLAT,
     GROUP_SIZES,
     CalibSpec,
