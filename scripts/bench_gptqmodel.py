@@ -21,18 +21,20 @@ TOOLS = {
     "gptqmodel": {"adapter": False},
     "gptqmodel+eora": {"adapter": True},
     "cloq, base alone": {"init": "zero", "propagate": "quantized"},
-    "cloq, base alone, range": {"init": "zero", "propagate": "quantized", "search": False},
+    "cloq, base alone, no correction": {"init": "zero", "propagate": "quantized", "correction": 0.0},
+    "cloq, base alone, range": {"init": "zero", "propagate": "quantized", "correction": 0.0, "search": False},
     "cloq, base alone, range, ordered": {
         "init": "zero",
         "propagate": "quantized",
+        "correction": 0.0,
         "search": False,
         "damping": 0.05,
         "act_order": True,
         "static_groups": True,
     },
     "cloq": {},
-    "cloq, no rounds": {"rounds": 0},
-    "cloq, range": {"search": False},
+    "cloq, fast": {"effort": "fast"},
+    "cloq, as published": {"rounds": 0, "correction": 0.0},
 }
 """What is run: GPTQModel without and with its own EoRA adapter, cloq for a base alone and as it is meant, with scales from the range
 (as GPTQModel has them) or searched (cloq's default). `ordered` comes nearest to GPTQModel's defaults: damping 0.05, and columns by their

@@ -49,13 +49,16 @@ METHODS = {
     "eora": Method("gptq", "eora"),
     "cloq": Method("gptq", "cloq", family="cloq"),
     "cloq-balanced": Method("gptq", "cloq", balanced=True, family="cloq"),
-    "loftq": Method("own", "loftq", (("quantizer", "rtn"),)),
-    "cloq-paper": Method("own", "cloq", (("rounds", 0),), family="cloq"),
+    "loftq": Method("own", "loftq", (("quantizer", "rtn"), ("correction", 0.0))),
+    "cloq-paper": Method("own", "cloq", (("rounds", 0), ("correction", 0.0)), family="cloq"),
+    "cloq-rounds": Method("own", "cloq", (("correction", 0.0),), family="cloq"),
+    "cloq-best": Method("own", "cloq", (("effort", "best"),), family="cloq"),
     "cloq-run": Method("own", "cloq", family="cloq"),
     "gptqmodel-eora": Method("gptqmodel", "eora"),
     "peft-loftq": Method("peft", "loftq"),
 }
-"""`loftq` alternates on round-to-nearest, as published, with scales searched like everybody's. The last two are other libraries' own
+"""Methods on the shared base are as published: no layer makes up for those before it. `loftq` alternates on round-to-nearest, as published,
+with scales searched like everybody's. `cloq-run` is what `cloq quantize` makes. The last two are other libraries' own
 work from the 16-bit model to the factors; see `rivals`."""
 
 OWN = [name for name, method in METHODS.items() if method.base not in ("gptqmodel", "peft")]

@@ -57,7 +57,8 @@ class Starts:
         fitted = grid | extra | {"init": method.init, "propagate": protocol.propagate or "adapter"}
         if method.base == "own":
             return self._run(protocol, f"{start.bits}-own-{name}{tag(changes)}", **fitted)
-        shared = self._shared_base(start, grid)
+        fitted["correction"] = 0.0
+        shared = self._shared_base(start, grid | {"correction": 0.0})
         if method.init == "zero" and not _beyond(changes):
             return shared
         return self._run(protocol, f"{start.bits}-gptq-{name}{tag(changes)}", quantized=str(shared.base), **fitted)
