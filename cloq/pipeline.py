@@ -135,6 +135,8 @@ def _solve_block(
     calibration: list[Batch], heldout: list[Batch], reference: Reference | None, clock: _Clock, emit: Emit, given: GivenBase | None,
 ) -> dict[str, LayerResult]:  # fmt: skip
     wanted = {name: module for name, module in linears.items() if not layers[name].dense}
+    if not wanted:
+        return {}
     with clock("capture"):
         groups = shared_inputs(lambda: decoder.run_block(index, calibration[0]), wanted)
     rounds = decoder.rounds(groups, one_by_one=spec.sequential and spec.propagate != "dense")
