@@ -25,6 +25,7 @@ LAYERS = (
     {"checksum"},
     {"store"},
     {"memory"},
+    {"distributed"},
     {"pipeline"},
     {"export"},
     {"frozen"},

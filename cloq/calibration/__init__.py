@@ -1,6 +1,6 @@
 """Text → token batches; hooks on one block; Gram sums."""
 
-from cloq.calibration.gram import gram_matrices, shared_inputs, topped_up
+from cloq.calibration.gram import gram_matrices, shared_inputs, summed, topped_up
 from cloq.calibration.sources import NAMES, documents
 from cloq.calibration.tokens import CalibrationTokens, calibration_tokens, cut_sequences, draw_sequences, sequence_start
 
@@ -14,5 +14,6 @@ __all__ = [
     "gram_matrices",
     "sequence_start",
     "shared_inputs",
+    "summed",
     "topped_up",
 ]
