@@ -44,9 +44,6 @@ ALIGNMENT = 64
 ELEMENTWISE = 5000
 """What the work on single weights comes to in `solve_cost`, in multiply-adds for each weight."""
 
-SHARED = 0.1
-"""Share of `in³` that layers with the same input save in one process: one factorization of several."""
-
 
 def is_first() -> bool:
     """Whether this process is the first one, as `torchrun` and `accelerate launch` number them."""
@@ -113,7 +110,7 @@ class Processes:
         except Exception as error:
             if self.size == 1 or self._ended.is_set() or _is_of_others(error):
                 raise
-            self._agree(Failure(again(error) and not isinstance(error, CloqError), self.rank, _told(error)))
+            self._agree(_failure(error, self.rank, again))
             if self.first or not isinstance(error, CloqError):
                 raise
             raise ProcessError(str(error)) from error
@@ -231,18 +228,17 @@ class Processes:
 def shared_out(groups: Sequence[Sequence[str]], shapes: dict[str, tuple[int, int]], processes: int) -> dict[str, int]:
     """Which process solves which layer: the longest first, each to the process that is then done the soonest, the lowest of equals.
 
-    groups: of layers that share an input. A process that has one of a group already does the next for less, so of processes that are
-    nearly equal it is the one that gets it.
+    groups: of layers that share an input, and what is found from its statistics. They stay together unless a group is more than a process's
+    share of all the work.
     """
-    group_of = {name: number for number, group in enumerate(groups) for name in group}
-    busy, begun = [0.0] * processes, [set() for _ in range(processes)]
-    owner = {}
-    for name in sorted(group_of, key=lambda name: -solve_cost(*shapes[name])):  # stable: equal ones in their order
-        cost, saved = solve_cost(*shapes[name]), SHARED * shapes[name][1] ** 3
-        done = [busy[rank] + cost - saved * (group_of[name] in begun[rank]) for rank in range(processes)]
-        owner[name] = min(range(processes), key=done.__getitem__)
-        busy[owner[name]] = done[owner[name]]
-        begun[owner[name]].add(group_of[name])
+    cost = {name: solve_cost(*shapes[name]) for group in groups for name in group}
+    share = sum(cost.values()) / processes
+    parts = [part for group in groups for part in ([group] if sum(map(cost.get, group)) <= share else [[name] for name in group])]
+    busy, owner = [0.0] * processes, {}
+    for part in sorted(parts, key=lambda part: -sum(map(cost.get, part))):  # stable: equal ones in their order
+        rank = busy.index(min(busy))
+        busy[rank] += sum(map(cost.get, part))
+        owner |= dict.fromkeys(part, rank)
     return owner
 
 
@@ -296,11 +292,13 @@ def _is_of_others(error: BaseException) -> bool:
     return isinstance(error, (_OutOfMemoryElsewhere, ProcessError))
 
 
-def _told(error: BaseException) -> str:
+def _failure(error: Exception, rank: int, again: Callable[[BaseException], bool]) -> Failure:
     if isinstance(error, CloqError):
-        return str(error)
+        return Failure(False, rank, str(error))
     reason = (str(error).strip().splitlines() or [""])[0][:200]
-    return f"it failed with {type(error).__name__}: {reason}"
+    if again(error):
+        return Failure(True, rank, reason)
+    return Failure(False, rank, f"a process failed with {type(error).__name__}: {reason}")
 
 
 # -- tensors on their way ----------------------------------------------------------------------------------------------
