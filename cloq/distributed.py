@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from cloq.errors import CloqError, ProcessError, SpecError
+from cloq.errors import CloqError, ProcessError, RunError, SpecError
 
 if TYPE_CHECKING:
     import torch
@@ -117,7 +117,7 @@ class Processes:
 
     def _agree(self, failure: Failure | None = None) -> None:
         """Asks all processes for their failures. Raises the one that counts, unless it is this process's own: an error that ends the run
-        before one that does not, then that of the lowest rank. On return there was none."""
+        before one that does not, then that of the lowest rank. On return there was none, or this process's own."""
         if self.size == 1:
             return
         import torch
@@ -141,10 +141,9 @@ class Processes:
             yield
         except Exception as error:
             self._ended.set()
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise ProcessError(
-                f"the connection between the {self.size} processes broke ({reason}): one of them has ended. Finished blocks are kept; "
-                "run the same command again"
+                f"the connection between the {self.size} processes broke ({_first_line(error)}): one of them has ended. Finished blocks "
+                "are kept; run the same command again"
             ) from error
         except BaseException:  # interrupted: others may be waiting for what will not come, until this process is gone
             self._ended.set()
@@ -266,12 +265,18 @@ def _is_connected() -> bool:
 
 
 def _connect() -> None:
-    """By nccl where there are GPUs; does nothing where that has happened."""
+    """By nccl where there are GPUs; does nothing where that has happened. Raises `RunError` where the launcher did not say how."""
     import torch
 
-    if not _dist().is_initialized():
-        _dist().init_process_group("nccl" if torch.cuda.is_available() and _dist().is_nccl_available() else "gloo")
-    _control()
+    try:
+        if not _dist().is_initialized():
+            _dist().init_process_group("nccl" if torch.cuda.is_available() and _dist().is_nccl_available() else "gloo")
+        _control()
+    except (RuntimeError, ValueError) as error:
+        raise RunError(
+            f"the {os.environ.get('WORLD_SIZE')} processes of WORLD_SIZE cannot be connected ({_first_line(error)}); start them with "
+            "torchrun, or unset WORLD_SIZE for one process"
+        ) from error
 
 
 @functools.cache
@@ -295,10 +300,13 @@ def _is_of_others(error: BaseException) -> bool:
 def _failure(error: Exception, rank: int, again: Callable[[BaseException], bool]) -> Failure:
     if isinstance(error, CloqError):
         return Failure(False, rank, str(error))
-    reason = (str(error).strip().splitlines() or [""])[0][:200]
     if again(error):
-        return Failure(True, rank, reason)
-    return Failure(False, rank, f"a process failed with {type(error).__name__}: {reason}")
+        return Failure(True, rank, _first_line(error))
+    return Failure(False, rank, f"a process failed with {type(error).__name__}: {_first_line(error)}")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 # -- tensors on their way ----------------------------------------------------------------------------------------------
