@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -136,16 +137,20 @@ class Processes:
 
     @contextmanager
     def _talking(self) -> Iterator[None]:
-        """An error while data move leaves the processes out of step. It ends the run."""
+        """An error while data move leaves the processes out of step. It ends the run, and the others notice that this process is gone."""
+        from cloq.memory import is_out_of_memory
+
         try:
             yield
-        except Exception as error:
+        except (RuntimeError, MemoryError) as error:
             self._ended.set()
-            raise ProcessError(
-                f"the connection between the {self.size} processes broke ({_first_line(error)}): one of them has ended. Finished blocks "
-                "are kept; run the same command again"
-            ) from error
-        except BaseException:  # interrupted: others may be waiting for what will not come, until this process is gone
+            kept = "Finished blocks are kept; run the same command again"
+            if is_out_of_memory(error):
+                here = f"process {self.rank} of {self.size}"
+                raise RunError(f"out of memory in {here} while data were exchanged ({_first_line(error)}). {kept}") from error
+            broke = f"the connection between the {self.size} processes broke ({_first_line(error)})"
+            raise ProcessError(f"{broke}: one of them has ended. {kept}") from error
+        except BaseException:
             self._ended.set()
             raise
 
@@ -306,7 +311,9 @@ def _failure(error: Exception, rank: int, again: Callable[[BaseException], bool]
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    """The first sentence of the message, without the place in gloo's source that it begins with."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return re.sub(r"^\[\S+:\d+\] ", "", line).partition(". ")[0][:200]
 
 
 # -- tensors on their way ----------------------------------------------------------------------------------------------

@@ -229,6 +229,43 @@ def test_a_process_that_is_gone_ends_the_others_at_once(how):
         assert outcome.error[0] == "ProcessError" and "one of them has ended. Finished blocks are kept" in outcome.error[1]
 
 
+def waiting() -> float:
+    """Seconds of processor time while the first process is busy for two."""
+    processes = Processes.start()
+    with processes.together():
+        processes.total({"n": 1})
+        before = time.process_time()
+        processes.on_first(lambda: time.sleep(2))
+        return time.process_time() - before
+
+
+def test_waiting_for_the_first_process_takes_no_core():
+    assert max(outcome.value for outcome in several(2, waiting)) < 0.5
+
+
+def too_large() -> tuple[str, str] | None:
+    """Memory that runs out in the middle of an exchange is no reason to try again: the others are not where they could."""
+    processes, elsewhere = Processes.start(), Processes.start().rank == 1
+
+    def panels():
+        yield torch.ones(3)
+        if elsewhere:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        yield torch.ones(3)
+
+    def action() -> None:
+        with processes.together(again=lambda error: True):
+            processes.add(panels())
+
+    return raised(action)
+
+
+def test_out_of_memory_while_data_move_ends_the_run():
+    first, second = (outcome.value for outcome in several(2, too_large))
+    assert second[0] == "RunError" and "out of memory in process 1 of 2 while data were exchanged (CUDA out of memory)" in second[1]
+    assert first[0] == "ProcessError" and "Connection" in first[1] and "pair.cc" not in first[1]
+
+
 # -- runs --------------------------------------------------------------------------------------------------------------
 
 
