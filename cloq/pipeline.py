@@ -77,7 +77,8 @@ def quantize_blocks(
         layers = {name: layer.replace(dense=layer.dense or name not in given.names) for name, layer in layers.items()}
         if all(layer.dense for layer in layers.values()):
             raise SpecError("none of the layers that --only, --skip and the rules leave is quantized in the given base")
-    about = _agreed(processes, manifest(spec, decoder, tokens, given))
+    about = manifest(spec, decoder, tokens, given)
+    _refuse_differing(processes, about | {"device": decoder.device.type})
     processes.on_first(lambda: store.begin(about, restart))
     damage = processes.on_first(store.discard_damaged)
     if damage:
@@ -99,16 +100,15 @@ def quantize_blocks(
     in_smaller_batches(attempt, start, lambda: clock.phase in FORWARDS, shrunk, lambda: processes.together(again=is_out_of_memory))
 
 
-def _agreed(processes: Processes, about: dict[str, Any]) -> dict[str, Any]:
-    """The manifest, if it is that of all processes; else `ModelError`: they would solve layers of different models as if of one."""
+def _refuse_differing(processes: Processes, about: dict[str, Any]) -> None:
+    """Raises `ModelError` unless all processes say the same: they would solve layers of different models as if of one."""
     first, *others = processes.gather(about)
     for rank, other in enumerate(others, 1):
         if changed := differences(first, other):
             raise ModelError(
-                f"process {rank} of {processes.size} has another run before it than the first: {'; '.join(changed)}. Give every machine "
-                "the same model, settings and versions"
+                f"process {rank} of {processes.size} would do another run than the first: {'; '.join(changed)}. Give every machine the "
+                "same model, settings, versions and kind of device"
             )
-    return first
 
 
 def _run_blocks(

@@ -422,7 +422,7 @@ def test_trouble_in_one_process_ends_or_repeats_the_run_in_both(work, tmp_path):
     assert "out of memory where smaller batches do not help" in first[2][1] and second[2][0] == "ProcessError"
     assert first[3] == ("RunError", "cannot write to out: No space left on device") and second[3][0] == "ProcessError"
     assert first[4] is second[4] is None and digest(tmp_path / "memory") == digest(tmp_path / "asked")
-    assert "process 1 of 2 has another run before it than the first: settings.quant.bits was 2, is 3" in first[5][1]
+    assert "process 1 of 2 would do another run than the first: settings.quant.bits was 2, is 3" in first[5][1]
     assert "settings.lora.rank was 4, is 8" in first[6][1] and second[6][0] == "ProcessError"
     assert first[7] is second[7] is None and first[8] is second[8] is None
     assert Store(tmp_path / "nan").finished() == 3
