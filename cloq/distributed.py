@@ -275,6 +275,8 @@ def _connect() -> None:
 
     try:
         if not _dist().is_initialized():
+            if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":  # gloo of torch 2.13 would wait for those of before, and for long
+                raise RuntimeError("they were restarted, after which torch does not connect them: leave out --max-restarts")
             _dist().init_process_group("nccl" if torch.cuda.is_available() and _dist().is_nccl_available() else "gloo")
         _control()
     except (RuntimeError, ValueError) as error:

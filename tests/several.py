@@ -20,7 +20,7 @@ CONTEXT.set_forkserver_preload(
     ]
 )
 
-PATIENCE = 60
+PATIENCE = 120
 """Seconds after which processes that have not ended are taken to hang."""
 
 
