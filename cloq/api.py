@@ -9,6 +9,7 @@ OUT/.cloq/     finished blocks, from which any export is made
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cloq import __version__
+from cloq.distributed import Processes
 from cloq.errors import RunError, SpecError
 from cloq.specs import RunSpec, Spec, run_spec
 
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 Emit = Callable[[str, dict[str, Any]], None]
 Progress = Callable[[str, int, int], None]
 RUN_FILE = "run.yaml"
+ALONE = Processes()
 AnySpec = TypeVar("AnySpec", bound=Spec)
 
 
@@ -61,12 +64,24 @@ def quantize(
 
     settings: as on the command line, with underscores: `bits`, `group_size`, `rank`, `init`, `calib`, `calib_samples`, `seq_len`, `magr`,
     `only`, `skip`, `propagate`, `seed`, `device`, … (`cloq.specs.FLAT` lists them). Raises a `CloqError` for anything that a user can mend.
+
+    In each of several processes started by `torchrun` the same call takes its share of the work; the first one writes and emits, and all
+    return the same result.
     """
     return run(run_spec(model=model, **settings), out, restart=restart, emit=emit, form=format)
 
 
 def run(spec: RunSpec, out: str | Path, *, restart: bool = False, emit: Emit | None = None, form: str | None = None) -> RunResult:
     """Executes or continues a run. form: of the base in `out/model`; by default `gptq`, or `nf4` after that quantizer."""
+    processes = Processes.start()
+    with processes.together(), contextlib.ExitStack() as held:
+        return _run(spec, Path(out), restart, emit if processes.first else None, form, processes, held)
+
+
+def _run(
+    spec: RunSpec, out: Path, restart: bool, emit: Emit | None, form: str | None, processes: Processes, held: contextlib.ExitStack
+) -> RunResult:  # fmt: skip
+    """held: closed behind the run."""
     from cloq import pipeline
     from cloq.export import FORMATS, check_format, write_adapter, write_model
     from cloq.export.read import QuantizedFolder
@@ -86,17 +101,20 @@ def run(spec: RunSpec, out: str | Path, *, restart: bool = False, emit: Emit | N
     form = form or ("nf4" if spec.quant.quantizer == "nf4" else "gptq")
     if form not in FORMATS:
         raise SpecError(f"unknown format {form!r}; allowed: {', '.join(FORMATS)}")
-    decoder = open_decoder(spec)
+    decoder = processes.after_first(lambda: open_decoder(spec, processes))
     decoder.check_streamable()  # encoders and what cannot be streamed, before any text is read
-    given = QuantizedFolder(locate(spec.quantized)) if spec.quantized else None
+    given = processes.after_first(lambda: QuantizedFolder(locate(spec.quantized)) if spec.quantized else None)
     if given is None:
         check_format(decoder, pipeline.predicted_layouts(pipeline.plan_layers(spec, decoder), decoder), FORMATS[form]())
     store = Store(out)
-    store.refuse_foreign()
-    tokens = draw_tokens(spec, decoder)
-    with store.lock():
-        pipeline.quantize_blocks(spec, decoder, tokens, store, tee, restart=restart, given=given)
-        base = given.folder.resolve() if given else (store.out / "model").resolve()
+    processes.on_first(store.refuse_foreign)
+    tokens = processes.on_first(lambda: draw_tokens(spec, decoder))
+    processes.on_first(lambda: held.enter_context(store.lock()))
+    pipeline.quantize_blocks(spec, decoder, tokens, store, tee, restart=restart, given=given, processes=processes)
+    peaks = processes.gather(peak_memory(decoder.device))
+    base = given.folder.resolve() if given else (store.out / "model").resolve()
+
+    def export() -> RunResult:
         exporting = time.perf_counter()
         if given is None:
             write_model(decoder, store, FORMATS[form](), store.out / "model")
@@ -104,17 +122,19 @@ def run(spec: RunSpec, out: str | Path, *, restart: bool = False, emit: Emit | N
         write_run_file(spec, store.out)
         tee("phase", {"phase": "export", "seconds": time.perf_counter() - exporting})
         result = RunResult(store.out, spec, store.summaries(), time.perf_counter() - started, phases, base)
-        report = _report(result, decoder, None if given else form, pipeline.versions())
+        report = _report(result, decoder, None if given else form, pipeline.versions(), peaks)
         write_report(store.out, report)
-    return dataclasses.replace(result, report=report)
+        return dataclasses.replace(result, report=report)
+
+    return processes.on_first(export)
 
 
-def open_decoder(spec: RunSpec) -> Decoder:
-    """The model that a run starts from, without any weight read."""
+def open_decoder(spec: RunSpec, processes: Processes = ALONE) -> Decoder:
+    """The model that a run starts from, without any weight read, on this process's device."""
     from cloq.models import Decoder, locate
     from cloq.pipeline import resolve_device
 
-    device = resolve_device(spec.device)  # before the model: a missing GPU should be said at once
+    device = processes.device(resolve_device(spec.device))  # before the model: a missing GPU should be said at once
     return Decoder(locate(spec.model, spec.revision), device, trust_remote_code=spec.trust_remote_code)
 
 
@@ -227,14 +247,16 @@ def read_settings(path: Path, kind: type[AnySpec], maker: str) -> AnySpec:
         raise SpecError(f"{path}: {error}") from error
 
 
-def _report(result: RunResult, decoder: Decoder, form: str | None, versions: dict[str, str]) -> Report:
-    """What the finished run is worth telling; numbers that an earlier report of the same result has are kept."""
+def _report(result: RunResult, decoder: Decoder, form: str | None, versions: dict[str, str], peaks: list[dict[str, int]]) -> Report:
+    """What the finished run is worth telling; numbers that an earlier report of the same result has are kept. peaks: of all processes."""
     from cloq.report import Report, carry_over, weight_bytes
 
     sizes = {"original": weight_bytes(decoder.folder), "base": weight_bytes(result.base), "adapter": weight_bytes(result.adapter)}
+    now = peak_memory(decoder.device)
     report = Report(
         result.spec, result.layers, result.seconds, result.phases,
-        form=form, sizes=sizes, peak_memory=peak_memory(decoder.device), versions=versions,
+        form=form, sizes=sizes, peak_memory={kind: max(peak[kind] for peak in (*peaks, now)) for kind in now}, versions=versions,
+        notes=(f"The work was shared by {len(peaks)} processes; the peak memory is that of the largest.",) if len(peaks) > 1 else (),
     )  # fmt: skip
     return carry_over(result.out, report)
 

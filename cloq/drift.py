@@ -15,6 +15,7 @@ layer whose output is added to the stream answers for the stream, is cloq's.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,17 @@ class Drift:
 
     inputs: Tensor
     stream: Tensor | None = None
+
+
+def sums_of(drifts: dict[str, Drift]) -> Iterator[Tensor]:
+    """Every sum once, in order: layers that share an input share `D`."""
+    seen: set[int] = set()
+    for drift in drifts.values():
+        if id(drift.inputs) not in seen:
+            seen.add(id(drift.inputs))
+            yield drift.inputs
+        if drift.stream is not None:
+            yield drift.stream
 
 
 def corrected(weight: Tensor, stats: LayerStats, drift: Drift, share: float) -> Tensor:

@@ -25,6 +25,10 @@ class RunError(CloqError):
     """The output folder cannot be used: other content, other settings, a full or read-only disk, another run."""
 
 
+class ProcessError(CloqError):
+    """Another one of several processes failed or is gone, which ends the run for all of them."""
+
+
 class TrainingError(CloqError):
     """Training cannot start or go on: no usable rows, nothing to train, a loss that is not a number."""
 

@@ -7,6 +7,7 @@ starts with it.
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 from collections.abc import Callable
@@ -35,24 +36,36 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(said in str(error) for said in _SAID_BY_ALLOCATORS)
 
 
-def in_smaller_batches(attempt: Callable[[int], None], sequences: int, helps: Callable[[], bool], shrunk: Callable[[int], None]) -> None:
+def in_smaller_batches(
+    attempt: Callable[[int], None], sequences: int, helps: Callable[[], bool], shrunk: Callable[[int], None],
+    together: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+) -> None:  # fmt: skip
     """Calls `attempt(sequences)`, and again with half as many sequences to a micro-batch as often as memory runs out.
 
     helps: asked then, whether a smaller batch needs less memory where it ran out. shrunk: called with the new number before each further
-    attempt, when everything that the last one held is free. Raises `RunError` where nothing is left to halve.
+    attempt, when everything that the last one held is free. together: entered around every attempt and what is decided of its error; of
+    several processes all then leave it alike. Raises `RunError` where nothing is left to halve.
     """
     while True:
         try:
-            return attempt(sequences)
+            with together():
+                return _refusing_the_last(attempt, sequences, helps)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            if sequences == 1 or not helps():
-                why = "with one sequence at a time" if sequences == 1 else "where smaller batches do not help"
-                what = str(error).partition(". ")[0] or type(error).__name__
-                raise RunError(
-                    f"out of memory {why} ({what}); finished blocks are kept. Free memory and run the same command again, use "
-                    "--device cpu, or start anew with fewer --calib-samples or a smaller --seq-len"
-                ) from error
         sequences //= 2  # not in the handler: the error holds the frames, and they hold the tensors
         shrunk(sequences)
+
+
+def _refusing_the_last(attempt: Callable[[int], None], sequences: int, helps: Callable[[], bool]) -> None:
+    try:
+        attempt(sequences)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error) or (sequences > 1 and helps()):
+            raise
+        why = "with one sequence at a time" if sequences == 1 else "where smaller batches do not help"
+        what = str(error).partition(". ")[0] or type(error).__name__
+        raise RunError(
+            f"out of memory {why} ({what}); finished blocks are kept. Free memory and run the same command again, use "
+            "--device cpu, or start anew with fewer --calib-samples or a smaller --seq-len"
+        ) from error

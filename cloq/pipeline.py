@@ -5,6 +5,9 @@
 
 A killed run is executed again with the same settings: finished blocks are read back and only their forward is repeated, so the
 activations, and with them every later byte, are the same as in an undisturbed run.
+
+Of several processes each streams its own sequences through all blocks. Their Gram matrices are summed, the layers shared out, and everyone
+gets all results; the first process alone reads and writes the store. See `cloq.distributed`.
 """
 
 from __future__ import annotations
@@ -21,13 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from cloq import __version__, initializers, linalg, quantizers
-from cloq.calibration import CalibrationTokens, gram_matrices, paired_statistics, shared_inputs, topped_up
-from cloq.drift import Drift, corrected
+from cloq.calibration import CalibrationTokens, gram_matrices, paired_statistics, shared_inputs, summed, topped_up
+from cloq.distributed import Processes, shared_out
+from cloq.drift import Drift, corrected, sums_of
 from cloq.errors import ModelError, SpecError
-from cloq.memory import in_smaller_batches
+from cloq.memory import in_smaller_batches, is_out_of_memory
 from cloq.models import Batch, Decoder, Reference, linear_shape, set_weight
 from cloq.specs import LayerSpec, LoraSpec, RunSpec, layer_spec, matches, shown
-from cloq.store import Store
+from cloq.store import Store, differences
 from cloq.types import AnyQuantizedWeight, LayerMetrics, LayerResult, LayerStats, LoraFactors, WeightLayout
 
 Emit = Callable[[str, dict[str, Any]], None]
@@ -38,6 +42,8 @@ EXECUTION_ONLY = ("device", "batch_tokens")
 
 FORWARDS = ("embed", "capture", "propagate")
 """Phases whose memory grows with the micro-batch."""
+
+ALONE = Processes()
 
 SPECTRUM_POINTS = 32
 
@@ -60,9 +66,10 @@ class GivenBase(Protocol):
 
 def quantize_blocks(
     spec: RunSpec, decoder: Decoder, tokens: CalibrationTokens, store: Store, emit: Emit, *,
-    restart: bool = False, given: GivenBase | None = None,
+    restart: bool = False, given: GivenBase | None = None, processes: Processes = ALONE,
 ) -> None:  # fmt: skip
     """Runs the loop until every block is stored. `store` must be locked by the caller. given: take these codes instead of quantizing.
+    processes: that all call this, with all of the tokens, inside of `processes.together()`.
 
     Raises `ModelError` for weights that cannot be quantized, `SpecError` for patterns that name nothing, `RunError` for the folder.
     """
@@ -71,38 +78,54 @@ def quantize_blocks(
         layers = {name: layer.replace(dense=layer.dense or name not in given.names) for name, layer in layers.items()}
         if all(layer.dense for layer in layers.values()):
             raise SpecError("none of the layers that --only, --skip and the rules leave is quantized in the given base")
-    store.begin(manifest(spec, decoder, tokens, given), restart)
-    damage = store.discard_damaged()
+    about = manifest(spec, decoder, tokens, given)
+    _refuse_differing(processes, about | {"device": decoder.device.type})
+    processes.on_first(lambda: store.begin(about, restart))
+    damage = processes.on_first(store.discard_damaged)
     if damage:
         emit("damaged", {"note": damage})
     clock = _Clock(emit)
 
     def attempt(sequences: int) -> None:
-        _run_blocks(spec.replace(batch_tokens=sequences * seq_len), decoder, tokens, store, layers, clock, emit, given)
+        _run_blocks(spec.replace(batch_tokens=sequences * seq_len), decoder, own, store, layers, clock, emit, given, processes)
 
     def shrunk(sequences: int) -> None:
         decoder.drop_all()
-        store.keep_batch(sequences)
+        if processes.first:
+            store.keep_batch(sequences)
         emit("memory", {"note": f"out of memory in the phase {clock.phase!r}: going on with {sequences} sequences to a forward"})
 
-    samples, seq_len = tokens.calibration.shape
-    start = min(samples, max(1, spec.batch_tokens // seq_len), store.kept_batch() or samples)
-    in_smaller_batches(attempt, start, lambda: clock.phase in FORWARDS, shrunk)
+    own = CalibrationTokens(processes.share(tokens.calibration), processes.share(tokens.heldout, last_first=True))
+    seq_len = tokens.calibration.shape[1]
+    start = processes.on_first(lambda: min(len(own.calibration), max(1, spec.batch_tokens // seq_len), store.kept_batch() or math.inf))
+    in_smaller_batches(attempt, start, lambda: clock.phase in FORWARDS, shrunk, lambda: processes.together(again=is_out_of_memory))
+
+
+def _refuse_differing(processes: Processes, about: dict[str, Any]) -> None:
+    """Raises `ModelError` unless all processes say the same: they would solve layers of different models as if of one."""
+    first, *others = processes.gather(about)
+    for rank, other in enumerate(others, 1):
+        if changed := differences(first, other):
+            raise ModelError(
+                f"process {rank} of {processes.size} would do another run than the first: {'; '.join(changed)}. Give every machine the "
+                "same model, settings, versions and kind of device"
+            )
 
 
 def _run_blocks(
     spec: RunSpec, decoder: Decoder, tokens: CalibrationTokens, store: Store, layers: dict[str, LayerSpec], clock: _Clock, emit: Emit,
-    given: GivenBase | None,
+    given: GivenBase | None, processes: Processes,
 ) -> None:  # fmt: skip
-    """The loop itself, from the first block that is not stored."""
-    done = store.finished()
+    """The loop itself, from the first block that is not stored. tokens: this process's own."""
+    done = processes.on_first(store.finished)
     total = len(decoder.blocks)
     last = max(i for i in range(total) if any(not layers[name].dense for name in decoder.linears(i)))  # behind it nobody needs activations
     emit("start", {"blocks": total, "finished": done, "layers": sum(not s.dense for s in layers.values())})
     with clock("embed"):
-        calibration = decoder.enter(tokens.calibration, spec.batch_tokens)
-        heldout = decoder.enter(tokens.heldout, spec.batch_tokens) if len(tokens.heldout) else []
-        reference = Reference(decoder, decoder.enter(tokens.calibration, spec.batch_tokens)) if spec.corrects else None
+        calibration, heldout = (_entered(decoder, part, spec.batch_tokens) for part in (tokens.calibration, tokens.heldout))
+        reference = None
+        if spec.corrects:
+            reference = Reference(decoder, _entered(decoder, tokens.calibration, spec.batch_tokens), processes.on_first)
     for index in range(total):
         started = time.perf_counter()
         with clock("load"):
@@ -112,12 +135,14 @@ def _run_blocks(
             with clock("capture"):
                 reference.enter(index, linears)
         if index < done:
-            apply_results(store.read(index), linears, spec.propagate)
+            stored = processes.exchange(store.read(index) if processes.first else {}, decoder.device)
+            apply_results(stored, linears, spec.propagate)
             emit("replay", {"block": index, "blocks": total})
         else:
-            results = _solve_block(spec, decoder, index, linears, layers, calibration, heldout, reference, clock, emit, given)
+            results = _solve_block(spec, decoder, index, linears, layers, calibration, heldout, reference, clock, emit, given, processes)
             with clock("store"):
-                store.write(index, results)
+                if processes.first:
+                    store.write(index, results)
         if index < last:
             with clock("propagate"):
                 for batches in (calibration, heldout):
@@ -130,26 +155,33 @@ def _run_blocks(
         emit("block", {"block": index, "blocks": total, "seconds": time.perf_counter() - started, "replayed": index < done})
 
 
+def _entered(decoder: Decoder, tokens: Tensor, batch_tokens: int) -> list[Batch]:
+    """What the first block is given; of several processes some may have no tokens."""
+    return decoder.enter(tokens, batch_tokens) if len(tokens) else []
+
+
 def _solve_block(
     spec: RunSpec, decoder: Decoder, index: int, linears: dict[str, nn.Module], layers: dict[str, LayerSpec],
     calibration: list[Batch], heldout: list[Batch], reference: Reference | None, clock: _Clock, emit: Emit, given: GivenBase | None,
+    processes: Processes,
 ) -> dict[str, LayerResult]:  # fmt: skip
     wanted = {name: module for name, module in linears.items() if not layers[name].dense}
     if not wanted:
         return {}
     with clock("capture"):
-        groups = shared_inputs(lambda: decoder.run_block(index, calibration[0]), wanted)
+        groups = processes.on_first(lambda: shared_inputs(lambda: decoder.run_block(index, calibration[0]), wanted))
     rounds = decoder.rounds(groups, one_by_one=spec.sequential and spec.propagate != "dense")
     results: dict[str, LayerResult] = {}
     for together in rounds:  # one forward per round; later rounds see the layers of earlier ones already quantized
-        firsts = [group[0] for group in together]
+        owner = shared_out(together, {name: linear_shape(linears[name]) for group in together for name in group}, processes.size)
         with clock("capture"):
-            stats, drifts = _statistics(decoder, index, linears, together, calibration, reference)
-            stats |= _topped_up(decoder, index, linears, calibration, stats)
-            unseen = gram_matrices(_forwards(decoder, index, heldout), linears, firsts) if heldout else {}
+            stats, drifts = _statistics(decoder, index, linears, together, calibration, processes, reference)
+            stats |= _topped_up(decoder, index, linears, calibration, stats, processes)
+            unseen, _ = _statistics(decoder, index, linears, together, heldout, processes) if spec.calib.heldout_samples else ({}, {})
         for group in together:
             seen, held = stats.pop(group[0]), unseen.pop(group[0], None)  # gone, with what was found from them, before the next ones
-            for name in group:
+            own = [name for name in group if owner[name] == processes.rank]
+            for name in own:
                 weight = decoder.weight(name, linears[name])
                 base = given.weight(name) if given else None
                 with clock("solve"):
@@ -159,25 +191,45 @@ def _solve_block(
                 emit("layer", {"block": index, "name": name, **dataclasses.asdict(results[name].metrics)})
             del seen, held
             with clock("apply"):
-                apply_results({name: results[name] for name in group}, linears, spec.propagate)
+                apply_results({name: results[name] for name in own}, linears, spec.propagate)
+        others = _of_others({name: results[name] for name in owner if name in results}, decoder, clock, processes)
+        for name, result in others.items():
+            emit("layer", {"block": index, "name": name, **dataclasses.asdict(result.metrics)})
+        apply_results(others, linears, spec.propagate)
+        results |= others
     return {name: results[name] for name in linears if name in results}
 
 
 def _statistics(
-    decoder: Decoder, index: int, linears: dict[str, nn.Module], groups: list[list[str]], batches: list[Batch], reference: Reference | None
+    decoder: Decoder, index: int, linears: dict[str, nn.Module], groups: list[list[str]], batches: list[Batch], processes: Processes,
+    reference: Reference | None = None,
 ) -> tuple[dict[str, LayerStats], dict[str, Drift]]:  # fmt: skip
-    """Gram matrices of each group's input and, beside a reference, the drift of every layer."""
+    """Gram matrices of each group's input over the batches of all processes and, beside a reference, the drift of every layer."""
     if reference is None:
-        return gram_matrices(_forwards(decoder, index, batches), linears, [group[0] for group in groups]), {}
-    pairs = (
-        (lambda b=batch: decoder.run_block(index, b), lambda b=original: reference.run(b))
-        for batch, original in zip(batches, reference.batches, strict=True)
-    )  # fmt: skip
-    return paired_statistics(pairs, linears, groups, reference.joined, decoder.expert_layers)
+        own, drifts = gram_matrices(_forwards(decoder, index, batches), linears, [group[0] for group in groups]), {}
+    else:
+        pairs = (
+            (lambda b=batch: decoder.run_block(index, b), lambda b=original: reference.run(b))
+            for batch, original in zip(batches, reference.batches, strict=True)
+        )  # fmt: skip
+        own, drifts = paired_statistics(pairs, linears, groups, reference.joined, decoder.expert_layers)
+    if processes.size > 1:
+        own = summed(own, processes.total, processes.add)
+        processes.add(sums_of(drifts))
+    return own, drifts
+
+
+def _of_others(own: dict[str, LayerResult], decoder: Decoder, clock: _Clock, processes: Processes) -> dict[str, LayerResult]:
+    """What other processes solved while this one solved its own."""
+    if processes.size == 1:
+        return {}
+    with clock("exchange"):
+        return {name: result for name, result in processes.exchange(own, decoder.device).items() if name not in own}
 
 
 def _topped_up(
-    decoder: Decoder, index: int, linears: dict[str, nn.Module], batches: list[Batch], stats: dict[str, LayerStats]
+    decoder: Decoder, index: int, linears: dict[str, nn.Module], batches: list[Batch], stats: dict[str, LayerStats],
+    processes: Processes = ALONE,
 ) -> dict[str, LayerStats]:  # fmt: skip
     """The statistics of those experts' layers that saw fewer than `ENOUGH` tokens for each of their inputs: topped up to that many with a
     mean over tokens of the layer, wherever the router sent them, as this expert would treat them."""
@@ -189,9 +241,9 @@ def _topped_up(
     for name in starved:
         layer = decoder.expert_layers[name]
         alike.setdefault(name if layer.inner else layer.experts, []).append(name)
-    tokens = sum(batch.hidden.shape[:2].numel() for batch in batches)
+    tokens = processes.total({"tokens": sum(batch.hidden.shape[:2].numel() for batch in batches)})["tokens"]
     with decoder.showing(starved, tokens, SHOWN // ENOUGH * max(least[name] for name in starved)):
-        others = gram_matrices(_forwards(decoder, index, batches), linears, [names[0] for names in alike.values()])
+        others, _ = _statistics(decoder, index, linears, [names[:1] for names in alike.values()], batches, processes)
     return {name: topped_up(stats[name], others[names[0]], least[name]) for names in alike.values() for name in names}
 
 

@@ -196,16 +196,15 @@ class Store(RunFolder):
         """Stores one block; after this returns it survives a crash. Raises `RunError` when the disk is full or cannot be written."""
         tensors, layers = {}, {}
         for name, result in results.items():
-            parts = _weight_to_tensors(result.weight) | {"A": result.factors.A, "B": result.factors.B}
+            parts, layers[name] = to_tensors(result)
             tensors |= {f"{name}/{key}": value.cpu().contiguous() for key, value in parts.items()}
-            layers[name] = {"weight": dataclasses.asdict(layout(result.weight)), "metrics": dataclasses.asdict(result.metrics)}
         with writing(self.out):
             write_tensors(self._path(index), tensors, {"block": json.dumps({"sha256": BLANK, "index": index, "layers": layers})}, seal)
 
     def read(self, index: int) -> dict[str, LayerResult]:
         """One stored block, on the CPU. Raises `RunError` if its file is damaged or missing."""
         with self._verified(index) as (file, layers):
-            return {name: _result_from_tensors(file, name, described) for name, described in layers.items()}
+            return {n: from_tensors(lambda key, n=n: file.get_tensor(f"{n}/{key}"), described) for n, described in layers.items()}
 
     def summaries(self) -> dict[str, LayerSummary]:
         """Layout and metrics of every stored layer by name, without any tensor in memory. Errors as of `read`."""
@@ -250,6 +249,12 @@ class LayerSummary(NamedTuple):
     metrics: LayerMetrics
 
 
+def to_tensors(result: LayerResult) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A result as small as it goes, bit for bit: tensors by name, and what describes them, in JSON values."""
+    described = {"weight": dataclasses.asdict(layout(result.weight)), "metrics": dataclasses.asdict(result.metrics)}
+    return _weight_to_tensors(result.weight) | {"A": result.factors.A, "B": result.factors.B}, described
+
+
 def _weight_to_tensors(weight: AnyQuantizedWeight) -> dict[str, Tensor]:
     codes = packing.pack(weight.codes, weight.bits)
     if isinstance(weight, CodebookWeight):
@@ -259,10 +264,8 @@ def _weight_to_tensors(weight: AnyQuantizedWeight) -> dict[str, Tensor]:
     return {"codes": codes, "scale": scale, "zero": weight.zero, "group_index": weight.group_index.int()}
 
 
-def _result_from_tensors(file, name: str, described: dict) -> LayerResult:
-    def get(key: str) -> Tensor:
-        return file.get_tensor(f"{name}/{key}")
-
+def from_tensors(get: Callable[[str], Tensor], described: dict[str, Any]) -> LayerResult:
+    """The inverse of `to_tensors`. get: a tensor by its name."""
     about, metrics = described["weight"], _metrics(described["metrics"])
     codes = packing.unpack(get("codes"), about["bits"], about["shape"][1])
     if about["kind"] == "codebook":

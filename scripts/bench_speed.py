@@ -63,7 +63,7 @@ def clocked_run(spec: RunSpec, out: Path) -> tuple[Clocks, dict[str, float], flo
     searched = Work(cached=float(algebra._SEARCH_BYTES)) if spec.quant.search else Work()
     wrapped = [
         (gram, "_add_upper_triangle", "Gram sums", lambda total, rows: algebra.gram(len(total), len(rows))),
-        (paired, "_add", "drift sums", lambda sums, name, off, rows: Work(products=2.0 * off.numel() * rows.shape[1])),
+        (paired, "_add", "drift sums", lambda total, off, rows: Work(products=2.0 * off.numel() * rows.shape[1])),
         (pipeline, "corrected", "correction", lambda weight, *rest: algebra.corrected(weight.shape)),
         (Gptq, "quantize", "GPTQ", lambda self, weight, stats: algebra.gptq(weight.shape) + weight.numel() * searched),
         (Magr, "reduce", "MagR", lambda self, weight, stats: algebra.magr(weight.shape)),

@@ -26,6 +26,7 @@ LAYERS = (
     {"checksum"},
     {"store"},
     {"memory"},
+    {"distributed"},
     {"pipeline"},
     {"export"},
     {"frozen"},

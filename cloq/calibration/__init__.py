@@ -1,6 +1,6 @@
 """Text → token batches; hooks on one block; Gram sums, and the drift beside them."""
 
-from cloq.calibration.gram import gram_matrices, shared_inputs, topped_up
+from cloq.calibration.gram import gram_matrices, shared_inputs, summed, topped_up
 from cloq.calibration.paired import Junctions, junctions, paired_statistics
 from cloq.calibration.sources import NAMES, documents
 from cloq.calibration.tokens import CalibrationTokens, calibration_tokens, cut_sequences, draw_sequences, sequence_start
@@ -18,5 +18,6 @@ __all__ = [
     "paired_statistics",
     "sequence_start",
     "shared_inputs",
+    "summed",
     "topped_up",
 ]

@@ -85,14 +85,28 @@ class GramSums:
     def statistics(self) -> dict[str, LayerStats]:
         """Ends the sums. Raises `ModelError` for activations that were NaN or Inf."""
         for name, gram in self._sums.items():
-            if not bool(torch.isfinite(gram.diagonal()).all()):  # sums of squares: they show whatever is not finite in any row
-                raise ModelError(
-                    f"the inputs of {name} hold NaN, Inf or values beyond float32 on the calibration text; the model itself overflows"
-                )
+            _check_finite(name, gram)
         for gram in self._sums.values():
             _mirror(gram)
         seen, tokens = self._sums, self._tokens
         return {name: LayerStats(seen[name], n) if name in seen else _nothing_seen(self._linears[name]) for name, n in tokens.items()}
+
+
+def summed(
+    own: dict[str, LayerStats], total: Callable[[dict[str, int]], dict[str, int]], add: Callable[[Iterator[Tensor]], None]
+) -> dict[str, LayerStats]:  # fmt: skip
+    """The statistics of all processes from each one's own, whose matrices are overwritten.
+
+    total: sums numbers of tokens over the processes, by name. add: sums tensors over them, in place, each before it asks for the next; it
+    is given one triangle of every matrix, in panels. The result is exactly symmetric. Raises `ModelError` for sums beyond float32.
+    """
+    tokens = total({name: stats.n_tokens for name, stats in own.items()})
+    seen = [name for name in own if tokens[name]]
+    add(panel for name in seen for panel in _panels(own[name].gram))
+    for name in seen:
+        _check_finite(name, own[name].gram)
+        _mirror(own[name].gram)
+    return {name: LayerStats(stats.gram, tokens[name]) for name, stats in own.items()}
 
 
 def topped_up(own: LayerStats, others: LayerStats, least: int) -> LayerStats:
@@ -116,6 +130,19 @@ def _add_upper_triangle(gram: Tensor, rows: Tensor) -> None:
     """Adds `rowsᵀ rows` to the panels of `gram (in, in)` that lie on or right of the diagonal: little more than half the operations."""
     for start in range(0, rows.shape[1], PANEL):
         gram[start : start + PANEL, start:].addmm_(rows[:, start : start + PANEL].T, rows[:, start:])
+
+
+def _panels(gram: Tensor) -> Iterator[Tensor]:
+    """What lies on or right of the diagonal, panel by panel; what becomes of a panel before the next one is asked for is put back."""
+    for start in range(0, len(gram), PANEL):
+        panel = gram[start : start + PANEL, start:].contiguous()
+        yield panel
+        gram[start : start + PANEL, start:] = panel
+
+
+def _check_finite(name: str, gram: Tensor) -> None:
+    if not bool(torch.isfinite(gram.diagonal()).all()):  # sums of squares: they show whatever is not finite in any row
+        raise ModelError(f"the inputs of {name} hold NaN, Inf or values beyond float32 on the calibration text; the model itself overflows")
 
 
 def _mirror(gram: Tensor) -> None:

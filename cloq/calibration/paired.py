@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cloq.calibration.gram import Enough, GramSums, full_precision, once, watching
 from cloq.drift import Drift
+from cloq.errors import ModelError
 from cloq.types import LayerStats
 
 Run = Callable[[], Tensor]
@@ -89,27 +90,38 @@ def paired_statistics(
     names, apart = [group[0] for group in groups], set(apart)
     adding = {name: (group[0], joined[name]) for group in groups for name in group if name in joined and group[0] not in apart}
     sums = GramSums(linears, names)
-    inputs: dict[str, Tensor] = {}
-    streams: dict[str, Tensor] = {}
+    drifts = {}
+    for group in groups:
+        if group[0] not in apart:
+            inputs = _zeros(linears[group[0]], 1, 1)
+            drifts |= {name: Drift(inputs, _zeros(linears[name], 0, 1) if name in adding else None) for name in group}
     for run, original in pairs:
-        wanted = [name for name in names if name not in apart]
-        true = _Seen(original, linears, wanted, adding)
+        true = _Seen(original, linears, [name for name in names if name not in apart], adding)
         seen = _Seen(run, linears, names, adding)
         for name, rows in seen.rows.items():
             sums.add(name, rows)
             if name in true.rows:
-                _add(inputs, name, true.rows[name] - rows, rows)
+                _add(drifts[name].inputs, true.rows[name] - rows, rows)
         for name, (first, _) in adding.items():
-            _add(streams, name, true.streams[name] - seen.streams[name], seen.rows[first])
-    drifts = {name: Drift(inputs[group[0]], streams.get(name)) for group in groups if group[0] in inputs for name in group}
-    return sums.statistics(), drifts
+            _add(drifts[name].stream, true.streams[name] - seen.streams[name], seen.rows[first])
+    statistics = sums.statistics()
+    for name, drift in drifts.items():
+        if not all(bool(torch.isfinite(total).all()) for total in (drift.inputs, drift.stream) if total is not None):
+            raise ModelError(
+                f"the activations around {name} hold NaN, Inf or values beyond float32 on the calibration text; the model itself overflows"
+            )
+    return statistics, drifts
 
 
-def _add(sums: dict[str, Tensor], name: str, difference: Tensor, rows: Tensor) -> None:
-    if name not in sums:
-        sums[name] = torch.zeros(difference.shape[1], rows.shape[1], device=rows.device)
+def _add(total: Tensor, difference: Tensor, rows: Tensor) -> None:
     with full_precision():
-        sums[name].addmm_(difference.T, rows)
+        total.addmm_(difference.T, rows)
+
+
+def _zeros(layer: nn.Module, *sides: int) -> Tensor:
+    """float32, `(out or in, out or in)` of a layer: sides 0 and 1 of its weight as Hugging Face has it."""
+    shape = layer.weight.shape if isinstance(layer, nn.Linear) else layer.weight.shape[::-1]
+    return torch.zeros([shape[side] for side in sides], device=layer.weight.device)
 
 
 class _Seen:

@@ -10,7 +10,8 @@ import cloq.cli.evaluate
 import cloq.cli.train
 import cloq.cli.use  # noqa: F401 - they add their commands
 from cloq.cli.app import app
-from cloq.errors import CloqError
+from cloq.distributed import is_first
+from cloq.errors import CloqError, ProcessError
 
 _USAGE = typer.BadParameter.__mro__[2]  # ClickException: typer carries a click of its own or imports one, this names the right class
 INTERRUPTED = 130
@@ -20,18 +21,22 @@ LONGEST = 2000
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command. Errors that a user can mend are printed in a line or two, with exit code 2 and no traceback."""
+    """Runs one command. Errors that a user can mend are printed in a line or two, with exit code 2 and no traceback; of several processes
+    that end together the first one prints."""
     try:
         code = app(args=argv, standalone_mode=False)
         if code == INTERRUPTED:
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except CloqError as error:
-        print(f"error: {told(error)}", file=sys.stderr)
+        if is_first() or not isinstance(error, ProcessError):
+            print(f"error: {told(error)}", file=sys.stderr)
     except _USAGE as error:
-        error.show(file=sys.stderr)
+        if is_first():  # all were given the same arguments
+            error.show(file=sys.stderr)
     except (KeyboardInterrupt, typer.Abort):  # typer turns the first into its own exit code on some paths
-        print("interrupted; finished blocks are kept, the same command continues", file=sys.stderr)
+        if is_first():
+            print("interrupted; finished blocks are kept, the same command continues", file=sys.stderr)
         return INTERRUPTED
     return USER_ERROR
 

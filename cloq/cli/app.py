@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +10,8 @@ import typer
 
 from cloq import __version__
 from cloq.cli.settings import default_out, resolve, with_settings, with_settings_of_factors
+from cloq.distributed import Processes
+from cloq.specs import RunSpec
 
 app = typer.Typer(
     name="cloq",
@@ -48,8 +51,7 @@ def quantize(
     settings: dict[str, Any] = {},  # noqa: B006 - never mutated; filled by with_settings
 ) -> None:
     """Quantize a model, fit its factors, and write base, adapter and report into OUT. A killed run continues with the same command."""
-    spec = resolve(model, config, settings)
-    _run(spec, out or default_out(spec), restart, format, quiet, json)
+    _run(lambda: resolve(model, config, settings), out, restart, format, quiet, json)
 
 
 @app.command()
@@ -66,21 +68,23 @@ def init(
     settings: dict[str, Any] = {},  # noqa: B006
 ) -> None:
     """Fit factors to a base that someone else quantized, read exactly as it decodes. Writes OUT/adapter; the base is left alone."""
-    spec = resolve(dense, None, settings | {"quantized": quantized})
-    _run(spec, out or Path(f"{Path(quantized).name.lower()}-{spec.lora.init}"), restart, None, quiet, json)
+    _run(lambda: resolve(dense, None, settings | {"quantized": quantized}), out, restart, None, quiet, json)
 
 
-def _run(spec, out: Path, restart: bool, format: str | None, quiet: bool, json: bool) -> None:
+def _run(resolved: Callable[[], RunSpec], out: Path | None, restart: bool, format: str | None, quiet: bool, json: bool) -> None:
+    processes = Processes.start()
+    with processes.together():  # what is wrong with the settings is said once
+        spec = resolved()
     from cloq.api import run
     from cloq.cli.progress import progress
     from cloq.models import quiet_libraries
     from cloq.report import summary_lines
 
     quiet_libraries()
-    with progress("json" if json else "quiet" if quiet else "bar") as emit:
-        result = run(spec, out, restart=restart, emit=emit, form=format)
+    with progress("quiet" if quiet or not processes.first else "json" if json else "bar") as emit:
+        result = run(spec, out or default_out(spec), restart=restart, emit=emit, form=format)
         emit("done", {"out": str(result.out), "base": str(result.base), "adapter": str(result.adapter), "seconds": result.seconds})
-    if not quiet and not json:
+    if processes.first and not quiet and not json:
         print("\n".join(summary_lines(result.report, result.out)))
 
 

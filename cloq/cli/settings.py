@@ -155,7 +155,9 @@ def resolve(model: str | None, config: Path | None, settings: dict[str, Any]) ->
 
 
 def default_out(spec: RunSpec) -> Path:
-    """`./<model>-<bits>bit-cloq`, where no folder was named."""
+    """`./<model>-<bits>bit-<init>`, where no folder was named, or `./<base>-<init>` for a base that is given."""
+    if spec.quantized:
+        return Path(f"{Path(spec.quantized).name.lower()}-{spec.lora.init}")
     return Path(f"{Path(spec.model).name.lower()}-{spec.quant.bits}bit-{spec.lora.init}")
 
 

@@ -99,12 +99,12 @@ def train(
 ) -> None:
     """Fine-tune the adapter of a finished run on the packed base. A killed training continues with the same command."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from cloq.training.processes import is_main
+    from cloq.distributed import is_first
 
     try:
         _train(run, to, config, restart, "json" if json else "quiet" if quiet else "bar", settings)
     except CloqError as error:
-        if is_main():
+        if is_first():
             raise
         raise typer.Exit(2) from error  # said once, by the first process
 
@@ -117,13 +117,13 @@ def _train(run: Path | None, to: Path | None, config: Path | None, restart: bool
     from cloq.models import quiet_libraries
 
     quiet_libraries()
-    from cloq.training.processes import is_main
+    from cloq.distributed import is_first
     from cloq.training.run import run as execute
 
-    with progress(mode if is_main() else "quiet", _bar) as emit:
+    with progress(mode if is_first() else "quiet", _bar) as emit:
         result = execute(spec, to, restart=restart, emit=emit)
         emit("done", {"adapter": str(result.adapter), "steps": len(result.report["steps"]), "seconds": result.report["seconds"]})
-    if mode == "bar" and is_main():
+    if mode == "bar" and is_first():
         print("\n".join(summary(result)))
 
 

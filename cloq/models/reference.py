@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor, nn
 
 from cloq.calibration.paired import Junctions, junctions
@@ -12,13 +15,15 @@ class Reference:
     """Goes through the blocks together with the compressed model.
 
     batches: what the first block is given, not shared with the compressed model's: blocks may hand each other state in what they are
-    called with. joined: layers of the block whose output is added to a stream → the module that is given the sum, `None` for the block's
-    own output; see `cloq.calibration.junctions`. Per block, in this order: `enter`, any number of `run`, `propagate`. Costs another copy
-    of the activations, and of one block's linear weights once they are replaced.
+    called with. by_one: of several processes, calls what it is given on one and has the value on all. joined: layers of the block whose
+    output is added to a stream → the module that is given the sum, `None` for the block's own output; see `cloq.calibration.junctions`.
+
+    Per block, in this order: `enter`, any number of `run`, `propagate`. Costs another copy of the activations, and of one block's linear
+    weights once they are replaced.
     """
 
-    def __init__(self, decoder: Decoder, batches: list[Batch]):
-        self._decoder, self.batches = decoder, batches
+    def __init__(self, decoder: Decoder, batches: list[Batch], by_one: Callable[[Callable[[], Any]], Any] = lambda find: find()):
+        self._decoder, self.batches, self._by_one = decoder, batches, by_one
         self._index = 0
         self._originals: dict[nn.Module, nn.Parameter] = {}
         self._known: dict[tuple, Junctions] = {}
@@ -31,7 +36,7 @@ class Reference:
         layers = [name.removeprefix(prefix) for name in linears if name not in self._decoder.expert_layers]
         kind = (type(block), *layers)
         if kind not in self._known:
-            self._known[kind] = junctions(lambda: self._decoder.run_block(index, self.batches[0]), block, layers)
+            self._known[kind] = self._by_one(lambda: junctions(lambda: self._decoder.run_block(index, self.batches[0]), block, layers))
         self.joined = {prefix + name: block.get_submodule(to) if to else None for name, to in self._known[kind].items()}
 
     def run(self, batch: Batch) -> Tensor:

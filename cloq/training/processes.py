@@ -1,17 +1,15 @@
-"""One process or several: what only the first one does, and what all of them learn of it."""
+"""One process or several: how training uses them."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
-from cloq.errors import CloqError, TrainingError
+from cloq.distributed import Processes
+from cloq.errors import TrainingError
 
-
-def is_main() -> bool:
-    """Whether this process is the first one, as `accelerate launch` and `torchrun` number them."""
-    return os.environ.get("RANK", "0") == "0"
+T = TypeVar("T")
 
 
 def refuse_sharding() -> None:
@@ -24,19 +22,8 @@ def refuse_sharding() -> None:
             )
 
 
-def on_main(action: Callable[[], Any], world_size: int) -> Any:
+def on_first(action: Callable[[], T]) -> T:
     """What the action returns, which only the first process executes; its errors reach all of them."""
-    if world_size == 1:
-        return action()
-    import torch.distributed
-
-    outcome: list[Any] = [None, None]
-    if is_main():
-        try:
-            outcome[0] = action()
-        except CloqError as error:
-            outcome[1] = str(error)
-    torch.distributed.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise TrainingError(outcome[1])
-    return outcome[0]
+    processes = Processes.start()
+    with processes.together():
+        return processes.on_first(action)

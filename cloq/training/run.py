@@ -16,6 +16,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from cloq.api import peak_memory, write_settings
+from cloq.distributed import is_first
 from cloq.errors import MissingLibrary, RunError, TrainingError
 from cloq.export.peft import CONFIG, WEIGHTS
 from cloq.loading import load
@@ -24,7 +25,7 @@ from cloq.store import write_atomically, writing
 from cloq.training.batches import refuse_leaking
 from cloq.training.checkpoints import TrainingFolder
 from cloq.training.examples import Examples, held_out, read_examples
-from cloq.training.processes import is_main, on_main, refuse_sharding
+from cloq.training.processes import on_first, refuse_sharding
 from cloq.training.spec import TrainSpec
 from cloq.training.start import Start, find_start, prepare
 from cloq.training.trainer import AdapterTrainer, Emit
@@ -56,7 +57,7 @@ def run(spec: TrainSpec, to: str | Path | None = None, *, restart: bool = False,
     In each of several processes started by `accelerate launch` or `torchrun` the same call takes its share of every step; the first one
     writes and emits.
     """
-    emit = emit if emit is not None and is_main() else _silent
+    emit = emit if emit is not None and is_first() else _silent
     refuse_sharding()
     _refuse_unusable(spec)
     spec = _absolute(spec)
@@ -66,8 +67,8 @@ def run(spec: TrainSpec, to: str | Path | None = None, *, restart: bool = False,
     tokenizer = load_tokenizer(start.base, spec.trust_remote_code)
     examples, evaluation = _examples(spec, tokenizer, start)
     arguments = training_arguments(spec, folder)
-    with _claimed(folder, _manifest(spec, start, examples, evaluation, arguments), restart, arguments.world_size):
-        finished = on_main(lambda: _finished(folder), arguments.world_size)
+    with _claimed(folder, _manifest(spec, start, examples, evaluation, arguments), restart):
+        finished = on_first(lambda: _finished(folder))
         if finished is None:
             finished = _train(spec, start, folder, examples, evaluation, arguments, emit)
     return TrainResult(folder.out, spec, finished)
@@ -174,14 +175,14 @@ def _manifest(
 
 
 @contextlib.contextmanager
-def _claimed(folder: TrainingFolder, manifest: dict[str, Any], restart: bool, processes: int) -> Iterator[None]:
+def _claimed(folder: TrainingFolder, manifest: dict[str, Any], restart: bool) -> Iterator[None]:
     with contextlib.ExitStack() as held:
 
         def claim() -> None:
             held.enter_context(folder.lock())
             folder.claim(manifest, restart)
 
-        on_main(claim, processes)
+        on_first(claim)
         yield
 
 
@@ -202,7 +203,7 @@ def _train(
     spec: TrainSpec, start: Start, folder: TrainingFolder, examples: Examples, evaluation: Examples | None,
     arguments: TrainingArguments, emit: Emit,
 ) -> dict[str, Any]:  # fmt: skip
-    checkpoint, about = on_main(lambda: _newest(folder), arguments.world_size)
+    checkpoint, about = on_first(lambda: _newest(folder))
     model = _loaded(spec, start, arguments)
     if any(len(e.lengths) > 1 for e in examples.examples):
         refuse_leaking(model)
@@ -217,7 +218,7 @@ def _train(
     else:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     report = _report(spec, start, trainer, counts)
-    return on_main(lambda: _write(spec, start, folder, model, report), arguments.world_size)
+    return on_first(lambda: _write(spec, start, folder, model, report))
 
 
 def _newest(folder: TrainingFolder) -> tuple[Path | None, dict[str, Any]]:

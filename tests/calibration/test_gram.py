@@ -5,8 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from cloq.calibration import gram as sums
-from cloq.calibration import gram_matrices, shared_inputs
+from cloq.calibration import gram_matrices, shared_inputs, summed
 from cloq.errors import ModelError
+from cloq.types import LayerStats
 
 WIDTH, HIDDEN = 6, 10
 
@@ -303,3 +304,35 @@ def test_sums_on_a_gpu_are_float32_even_where_tf32_was_chosen(monkeypatch):
     gram = gram_matrices([lambda: layer(x)], {"l": layer}, ["l"])["l"].gram
     naive = x.double().T @ x.double()
     assert float((gram.double() - naive).norm() / naive.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("width", [5, sums.PANEL, 2 * sums.PANEL + 3])
+def test_sums_over_processes_are_exactly_symmetric_and_move_one_triangle(width):
+    """As if another process had the same numbers of tokens, and a Gram matrix with noise that is not symmetric below the diagonal."""
+    generator = torch.Generator().manual_seed(width)
+    rows = torch.randn(7, width, generator=generator)
+    own = {"a": LayerStats(rows.T @ rows, 7), "unseen": LayerStats(torch.zeros(3, 3), 0)}
+    other, before, moved = torch.randn(width, width, generator=generator), own["a"].gram.clone(), []
+
+    def add(panels):
+        for panel in panels:
+            start = width - panel.shape[1]
+            moved.append(panel.numel())
+            panel += other[start : start + sums.PANEL, start:]
+
+    found = summed(own, lambda counts: {name: 2 * n for name, n in counts.items()}, add)
+    assert {name: stats.n_tokens for name, stats in found.items()} == {"a": 14, "unseen": 0}
+    assert torch.equal(found["a"].gram, found["a"].gram.T) and torch.equal(found["a"].gram.triu(), (before + other).triu())
+    assert not found["unseen"].gram.any()
+    assert sum(moved) <= width * (width + sums.PANEL) / 2 + sums.PANEL**2
+
+
+def test_sums_beyond_float32_are_refused():
+    own = {"a": LayerStats(torch.full((2, 2), 3e38), 1)}
+
+    def add(panels):
+        for panel in panels:
+            panel *= 2
+
+    with pytest.raises(ModelError, match="the inputs of a hold"):
+        summed(own, dict, add)
