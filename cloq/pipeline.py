@@ -18,6 +18,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -170,6 +171,8 @@ def _solve_block(
         return {}
     with clock("capture"):
         groups = processes.on_first(lambda: shared_inputs(lambda: decoder.run_block(index, calibration[0]), wanted))
+        if reference:
+            reference.look(groups)
     rounds = decoder.rounds(groups, one_by_one=spec.sequential and spec.propagate != "dense")
     results: dict[str, LayerResult] = {}
     for together in rounds:  # one forward per round; later rounds see the layers of earlier ones already quantized
@@ -208,10 +211,7 @@ def _statistics(
     if reference is None:
         own, drifts = gram_matrices(_forwards(decoder, index, batches), linears, [group[0] for group in groups]), {}
     else:
-        pairs = (
-            (lambda b=batch: decoder.run_block(index, b), lambda b=original: reference.run(b))
-            for batch, original in zip(batches, reference.batches, strict=True)
-        )  # fmt: skip
+        pairs = zip(_forwards(decoder, index, batches), (partial(reference.seen, i) for i in range(len(batches))), strict=True)
         own, drifts = paired_statistics(pairs, linears, groups, reference.joined, decoder.expert_layers)
     if processes.size > 1:
         own = summed(own, processes.total, processes.add)

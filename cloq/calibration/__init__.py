@@ -1,7 +1,7 @@
 """Text → token batches; hooks on one block; Gram sums, and the drift beside them."""
 
 from cloq.calibration.gram import gram_matrices, shared_inputs, summed, topped_up
-from cloq.calibration.paired import Junctions, junctions, paired_statistics
+from cloq.calibration.paired import Junctions, Seen, adding_layers, junctions, paired_statistics
 from cloq.calibration.sources import NAMES, documents
 from cloq.calibration.tokens import CalibrationTokens, calibration_tokens, cut_sequences, draw_sequences, sequence_start
 
@@ -9,6 +9,8 @@ __all__ = [
     "NAMES",
     "CalibrationTokens",
     "Junctions",
+    "Seen",
+    "adding_layers",
     "calibration_tokens",
     "cut_sequences",
     "documents",

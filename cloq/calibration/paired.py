@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 
 import torch
@@ -78,32 +78,30 @@ def _first_shown(
 
 
 def paired_statistics(
-    pairs: Iterable[tuple[Run, Run]], linears: dict[str, nn.Module], groups: Sequence[Sequence[str]],
-    joined: dict[str, nn.Module | None], apart: Iterable[str] = (),
+    pairs: Iterable[tuple[Run, See]], linears: dict[str, nn.Module], groups: Sequence[Sequence[str]],
+    joined: dict[str, nn.Module | None], apart: Collection[str] = (),
 ) -> tuple[dict[str, LayerStats], dict[str, Drift]]:  # fmt: skip
     """Gram matrices of each group's first layer, as of `gram_matrices`, and the drift of every layer of the groups.
 
-    pairs: for every micro-batch the compressed block's forward and the original's. groups: layers that share an input. joined: those whose
-    output is added to a stream → the module that is given the sum, `None` for the block's output; see `junctions`. apart: layers that are
-    not given the same tokens in both (experts); they have no drift.
+    pairs: for every micro-batch the compressed block's forward, and what is `Seen` in the original's of layers and sums (or of more).
+    groups: layers that share an input. joined: those whose output is added to a stream → the module that is given the sum, `None` for the
+    block's output; see `junctions`. apart: layers that are not given the same tokens in both (experts); they have no drift.
     """
-    names, apart = [group[0] for group in groups], set(apart)
-    adding = {name: (group[0], joined[name]) for group in groups for name in group if name in joined and group[0] not in apart}
+    names, together = [group[0] for group in groups], [group for group in groups if group[0] not in apart]
+    adding, first_of = adding_layers(together, joined), {name: group[0] for group in together for name in group}
     sums = GramSums(linears, names)
     drifts = {}
-    for group in groups:
-        if group[0] not in apart:
-            inputs = _zeros(linears[group[0]], 1, 1)
-            drifts |= {name: Drift(inputs, _zeros(linears[name], 0, 1) if name in adding else None) for name in group}
+    for group in together:
+        inputs = _zeros(linears[group[0]], 1, 1)
+        drifts |= {name: Drift(inputs, _zeros(linears[name], 0, 1) if name in adding else None) for name in group}
     for run, original in pairs:
-        true = _Seen(original, linears, [name for name in names if name not in apart], adding)
-        seen = _Seen(run, linears, names, adding)
+        true, seen = original([group[0] for group in together], adding), Seen(run, linears, names, adding)
         for name, rows in seen.rows.items():
             sums.add(name, rows)
-            if name in true.rows:
+            if name in drifts and name in true.rows:
                 _add(drifts[name].inputs, true.rows[name] - rows, rows)
-        for name, (first, _) in adding.items():
-            _add(drifts[name].stream, true.streams[name] - seen.streams[name], seen.rows[first])
+        for name in adding:
+            _add(drifts[name].stream, true.streams[name] - seen.streams[name], seen.rows[first_of[name]])
     statistics = sums.statistics()
     for name, drift in drifts.items():
         if not all(bool(torch.isfinite(total).all()) for total in (drift.inputs, drift.stream) if total is not None):
@@ -111,6 +109,11 @@ def paired_statistics(
                 f"the activations around {name} hold NaN, Inf or values beyond float32 on the calibration text; the model itself overflows"
             )
     return statistics, drifts
+
+
+def adding_layers(groups: Iterable[Sequence[str]], joined: dict[str, nn.Module | None]) -> dict[str, nn.Module | None]:
+    """Those of `joined` that are in the groups."""
+    return {name: joined[name] for group in groups for name in group if name in joined}
 
 
 def _add(total: Tensor, difference: Tensor, rows: Tensor) -> None:
@@ -124,13 +127,17 @@ def _zeros(layer: nn.Module, *sides: int) -> Tensor:
     return torch.zeros([shape[side] for side in sides], device=layer.weight.device)
 
 
-class _Seen:
+class Seen:
     """One forward's inputs of the named layers, `rows[name] (tokens, in)`, and what the outputs of `adding` are added to,
-    `streams[name] (tokens, out)`; float32. The forward is stopped as soon as both are known."""
+    `streams[name] (tokens, out)`; float32. output: what the block returns; `None` where the forward was stopped before, as it is as soon
+    as both are known, unless it is to go `through`."""
 
-    def __init__(self, run: Run, linears: dict[str, nn.Module], names: Sequence[str], adding: dict[str, tuple[str, nn.Module | None]]):
+    def __init__(
+        self, run: Run, linears: dict[str, nn.Module], names: Sequence[str], adding: dict[str, nn.Module | None], through: bool = False
+    ):  # fmt: skip
         self.rows: dict[str, Tensor] = {}
         self.streams: dict[str, Tensor] = {}
+        self.output: Tensor | None = None
         outputs: dict[str, Tensor] = {}
         reached: set[str] = set()
 
@@ -145,19 +152,23 @@ class _Seen:
                 enough()
 
         def enough() -> None:
-            if len(self.rows) == len(names) and len(self.streams) == len(adding):
+            if not through and len(self.rows) == len(names) and len(self.streams) == len(adding):
                 raise Enough
 
         with torch.no_grad(), watching(linears, names, see), ExitStack() as stack, suppress(Enough):
-            for name, (_, junction) in adding.items():
+            for name, junction in adding.items():
                 keep = linears[name].register_forward_hook(lambda m, a, y, name=name: outputs.update({name: _rows(y)}))
                 stack.enter_context(_hook(keep))
                 if junction is not None:
                     stack.enter_context(_inputs_of([junction], lambda module, x, name=name: join(name, x)))
-            returned = run()
-            for name, (_, junction) in adding.items():
+            self.output = run()
+            for name, junction in adding.items():
                 if junction is None:
-                    join(name, returned)
+                    join(name, self.output)
+
+
+See = Callable[[Sequence[str], "dict[str, nn.Module | None]"], Seen]
+"""What is seen in a forward of the named layers' inputs, and of what the outputs of others are added to."""
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -164,8 +164,12 @@ def _phases(
         group_of = {prefix + name: group for group in forward.groups for name in group.names}
         chosen_groups = [[prefix + name for name in group.names if prefix + name in chosen] for group in forward.groups]
         one_by_one = spec.sequential and spec.propagate != "dense"
+        seen_at_once = beside and storage.kept_inputs(spec, decoder, [names for names in chosen_groups if names], shapes) > 0
+        if seen_at_once:
+            phases["capture"] += calib.samples * forward.whole
+        again = beside and not seen_at_once
         for together in decoder.rounds([names for names in chosen_groups if names], one_by_one):
-            phases["capture"] += (sequences + beside * calib.samples) * group_of[together[-1][0]].before
+            phases["capture"] += (sequences + again * calib.samples) * group_of[together[-1][0]].before
             for names in together:
                 phases["capture"] += algebra.gram(shapes[names[0]][1], sequences * group_of[names[0]].tokens)
                 drifts = beside and not decoder.expert_layers.keys() & set(names)
@@ -180,7 +184,7 @@ def _phases(
                     phases["apply"] += algebra.apply(shapes[name], rank) if spec.propagate != "dense" else Work()
         phases["load"] += Work(disk=sizes.element * decoder.block_parameters(index), streamed=6.0 * decoder.block_parameters(index))
         if index < last:
-            phases["propagate"] += (sequences + beside * calib.samples) * forward.whole
+            phases["propagate"] += (sequences + again * calib.samples) * forward.whole
     phases["store"] = Work(disk=sizes.store)
     phases["export"] = Work(disk=sizes.original + sizes.store + sizes.base + sizes.adapter)
     return phases

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from cloq.export.folder import SHARD_BYTES
 from cloq.models import Decoder
+from cloq.models.reference import fits
 from cloq.plan.forward import BlockForward
 from cloq.report.record import STORED_ADAPTER_BITS
 from cloq.specs import LayerSpec, QuantSpec, RunSpec
@@ -105,11 +106,13 @@ def _solving(
         """Sums over the calibration tokens, over the held-out ones, and of the drift, which experts have none of."""
         return 1 + (spec.calib.heldout_samples > 0) + (spec.corrects and name not in decoder.expert_layers)
 
-    grams = []
+    grams, kept = [], [0.0]
     for index, forward in enumerate(forwards):
         prefix = decoder.block_name(index) + "."
         groups = [[prefix + name for name in group.names if prefix + name in chosen] for group in forward.groups]
-        rounds = decoder.rounds([names for names in groups if names], one_by_one=spec.sequential and spec.propagate != "dense")
+        groups = [names for names in groups if names]
+        kept.append(kept_inputs(spec, decoder, groups, shapes))
+        rounds = decoder.rounds(groups, one_by_one=spec.sequential and spec.propagate != "dense")
         grams.append(
             max((sum(matrices(names[0]) * 4.0 * shapes[names[0]][1] ** 2 for names in together) for together in rounds), default=0.0)
         )
@@ -118,8 +121,16 @@ def _solving(
     return {
         "a block": (2 if spec.corrects else 1) * 4.0 * max(decoder.block_parameters(index) for index in range(len(decoder.blocks))),
         "Gram matrices": max(grams),
+        "a block's inputs": max(kept),
         "at work": max(running, *(_solving_layer(shapes[name]) for name in chosen)),
     }
+
+
+def kept_inputs(spec: RunSpec, decoder: Decoder, groups: list[list[str]], shapes: dict[str, Shape]) -> float:
+    """Bytes of a block's inputs in the original model that are kept instead of computed for every round; 0 where that is too much."""
+    widths = [shapes[names[0]][1] for names in groups if names[0] not in decoder.expert_layers]
+    tokens = spec.calib.samples * spec.calib.seq_len
+    return 4.0 * tokens * sum(widths) if spec.corrects and widths and fits(tokens, widths) else 0.0
 
 
 def _solving_layer(shape: Shape) -> float:

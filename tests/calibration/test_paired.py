@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cloq.calibration import gram_matrices, junctions, paired_statistics
+from cloq.calibration import Seen, gram_matrices, junctions, paired_statistics
 from cloq.errors import ModelError
 from cloq.models import Decoder
 from tests.tiny import save_tiny
@@ -129,12 +129,18 @@ def _one(block, original, outer, run):
                 block.get_parameter(name).data = value
 
     to = {name: block.get_submodule(path) if path else None for name, path in outer.items()}
-    return paired_statistics([(run[0], exchanged)], linears(block), GROUPS, to)
+    return paired_statistics([(run[0], seeing(block, exchanged))], linears(block), GROUPS, to)
+
+
+def seeing(block, run):
+    """What is seen in a forward, of whatever is asked for."""
+    return lambda names, adding: Seen(run, linears(block), names, adding)
 
 
 def test_gram_matrices_are_those_of_one_forward():
     block, xs = Block(), batches(2, 2, 3)
-    together, _ = paired_statistics([(lambda x=x: block(x), lambda x=x: block(x)) for x in xs], linears(block), GROUPS, joined(block))
+    runs = [(lambda x=x: block(x), seeing(block, lambda x=x: block(x))) for x in xs]
+    together, _ = paired_statistics(runs, linears(block), GROUPS, joined(block))
     alone = gram_matrices([lambda x=x: block(x) for x in xs], linears(block), [group[0] for group in GROUPS])
     for name, stats in alone.items():
         assert torch.equal(together[name].gram, stats.gram) and together[name].n_tokens == stats.n_tokens
@@ -142,7 +148,7 @@ def test_gram_matrices_are_those_of_one_forward():
 
 def test_equal_forwards_have_no_drift_and_layers_apart_none_at_all():
     block, xs = Block(), batches(2, 2)
-    runs = [(lambda x=x: block(x), lambda x=x: block(x)) for x in xs]
+    runs = [(lambda x=x: block(x), seeing(block, lambda x=x: block(x))) for x in xs]
     stats, drifts = paired_statistics(runs, linears(block), GROUPS, joined(block), apart=["up", "down"])
     assert set(stats) == {"q", "o", "up", "down"} and set(drifts) == {"q", "k", "o"}
     assert all(float(drift.inputs.abs().max()) == 0 for drift in drifts.values()) and float(drifts["o"].stream.abs().max()) == 0
@@ -150,7 +156,7 @@ def test_equal_forwards_have_no_drift_and_layers_apart_none_at_all():
 
 def test_forwards_stop_where_all_is_seen():
     block, xs = Block(), batches(2, 2)
-    runs = [(lambda x=x: block(x), lambda x=x: block(x)) for x in xs]
+    runs = [(lambda x=x: block(x), seeing(block, lambda x=x: block(x))) for x in xs]
     paired_statistics(runs, linears(block), [["q", "k"], ["o"]], joined(block))
     finished = block.finished
     paired_statistics(runs, linears(block), [["q", "k"], ["o"]], joined(block))
@@ -159,7 +165,16 @@ def test_forwards_stop_where_all_is_seen():
     assert block.finished > finished + 4  # the block's output itself is waited for
 
 
+def test_a_forward_may_go_through_and_see_the_same():
+    block, x = Block(), batches(2, 2)[0]
+    short, whole = (Seen(lambda: block(x), linears(block), ["q", "o"], {"o": block.second}, through=through) for through in (False, True))
+    assert short.output is None and torch.equal(whole.output, block(x))
+    for found in ("rows", "streams"):
+        assert getattr(short, found).keys() == getattr(whole, found).keys()
+        assert all(torch.equal(value, getattr(whole, found)[name]) for name, value in getattr(short, found).items())
+
+
 def test_activations_that_are_not_finite_are_refused():
     block, x = Block(), batches(2, 1)[0]
     with pytest.raises(ModelError, match="overflows"):
-        paired_statistics([(lambda: block(x / 0), lambda: block(x))], linears(block), GROUPS, {})
+        paired_statistics([(lambda: block(x / 0), seeing(block, lambda: block(x)))], linears(block), GROUPS, {})

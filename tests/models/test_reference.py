@@ -17,6 +17,8 @@ def test_activations_are_those_of_the_original(family, tmp_path):
         alone.load_block(index), decoder.load_block(index)
         linears = decoder.linears(index)
         reference.enter(index, linears)
+        if index:  # both ways: the activations of what was kept, and a forward of their own
+            reference.look([[name] for name in linears])
         replaced = {name: torch.zeros_like(decoder.weight(name, module)) for name, module in linears.items()}
         for name, module in linears.items():
             set_weight(module, replaced[name])
@@ -47,3 +49,30 @@ def test_blocks_of_a_kind_are_looked_into_once(tmp_path, monkeypatch):
         reference.propagate()
         decoder.drop_block(index)
     assert len(calls) == 2 < len(decoder.blocks)
+
+
+def test_what_is_kept_is_what_would_be_seen(tmp_path, monkeypatch):
+    """The result of a run does not depend on how much memory there is for it."""
+    decoder = Decoder(save_tiny("llama", tmp_path))
+    reference = Reference(decoder, decoder.enter(torch.arange(64).reshape(4, 16), 32))
+    decoder.load_block(0)
+    linears = decoder.linears(0)
+    reference.enter(0, linears)
+    names = [name for name in linears if "o_proj" in name or "down" in name]
+    forwards = []
+    forward = Decoder.run_block
+    monkeypatch.setattr(Decoder, "run_block", lambda d, i, batch: forwards.append(i) or forward(d, i, batch))
+    fresh = [reference.seen(i, names, reference.joined) for i in range(2)]
+    reference.look([[name] for name in linears])
+    before = len(forwards)
+    kept = [reference.seen(i, names, reference.joined) for i in range(2)]
+    assert len(forwards) == before == 4
+    for one, other in zip(fresh, kept, strict=True):
+        assert all(torch.equal(one.rows[name], other.rows[name]) for name in names)
+        assert one.streams.keys() == set(names) and all(torch.equal(one.streams[name], other.streams[name]) for name in names)
+    reference.propagate()
+    assert len(forwards) == before
+    monkeypatch.setattr("cloq.models.reference.KEPT_BYTES", 0)
+    reference.enter(0, linears)
+    reference.look([[name] for name in linears])
+    assert len(forwards) == before
