@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cloq import __version__
-from cloq.distributed import Processes
+from cloq.distributed import ALONE, Processes
 from cloq.errors import RunError, SpecError
 from cloq.specs import RunSpec, Spec, run_spec
 
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 Emit = Callable[[str, dict[str, Any]], None]
 Progress = Callable[[str, int, int], None]
 RUN_FILE = "run.yaml"
-ALONE = Processes()
 AnySpec = TypeVar("AnySpec", bound=Spec)
 
 

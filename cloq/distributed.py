@@ -229,6 +229,10 @@ class Processes:
         return found
 
 
+ALONE = Processes()
+"""One process, for which every verb is the identity."""
+
+
 def shared_out(groups: Sequence[Sequence[str]], shapes: dict[str, tuple[int, int]], processes: int) -> dict[str, int]:
     """Which process solves which layer: the longest first, each to the process that is then done the soonest, the lowest of equals.
 

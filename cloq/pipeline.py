@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from cloq import __version__, initializers, linalg, quantizers
 from cloq.calibration import CalibrationTokens, gram_matrices, paired_statistics, shared_inputs, summed, topped_up
-from cloq.distributed import Processes, shared_out
+from cloq.distributed import ALONE, Processes, shared_out
 from cloq.drift import Drift, corrected, sums_of
 from cloq.errors import ModelError, SpecError
 from cloq.memory import in_smaller_batches, is_out_of_memory
@@ -43,8 +43,6 @@ EXECUTION_ONLY = ("device", "batch_tokens")
 
 FORWARDS = ("embed", "capture", "propagate")
 """Phases whose memory grows with the micro-batch."""
-
-ALONE = Processes()
 
 SPECTRUM_POINTS = 32
 

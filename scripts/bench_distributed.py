@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ PHASES = ("embed", "capture", "solve", "exchange", "propagate", "export")
 def quantize(args: argparse.Namespace) -> None:
     """One of the processes."""
     import cloq
+    from cloq.memory import peak_resident
 
     result = cloq.quantize(
         args.model, out=args.out / "out", bits=args.bits, calib=args.calib, calib_samples=args.samples, seq_len=args.seq_len,
@@ -34,7 +34,7 @@ def quantize(args: argparse.Namespace) -> None:
         "seconds": result.seconds,
         "phases": result.phases,
         "error": fmean(layer.metrics.error_corrected for layer in result.layers.values()),
-        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak": peak_resident() / 2**20,
     }
     (args.out / f"{os.environ['RANK']}.json").write_text(json.dumps(seen))
 
