@@ -81,10 +81,12 @@ def _run(
     spec: RunSpec, out: Path, restart: bool, emit: Emit | None, form: str | None, processes: Processes, held: contextlib.ExitStack
 ) -> RunResult:  # fmt: skip
     """held: closed behind the run."""
-    from cloq import pipeline
     from cloq.export import FORMATS, check_format, write_adapter, write_model
     from cloq.export.read import QuantizedFolder
+    from cloq.layers import plan_layers, predicted_layouts
+    from cloq.manifest import versions
     from cloq.models import locate
+    from cloq.pipeline import quantize_blocks
     from cloq.report import write_report
     from cloq.store import Store
 
@@ -104,12 +106,12 @@ def _run(
     decoder.check_streamable()  # encoders and what cannot be streamed, before any text is read
     given = processes.after_first(lambda: QuantizedFolder(locate(spec.quantized)) if spec.quantized else None)
     if given is None:
-        check_format(decoder, pipeline.predicted_layouts(pipeline.plan_layers(spec, decoder), decoder), FORMATS[form]())
+        check_format(decoder, predicted_layouts(plan_layers(spec, decoder), decoder), FORMATS[form]())
     store = Store(out)
     processes.on_first(store.refuse_foreign)
     tokens = processes.on_first(lambda: draw_tokens(spec, decoder))
     processes.on_first(lambda: held.enter_context(store.lock()))
-    pipeline.quantize_blocks(spec, decoder, tokens, store, tee, restart=restart, given=given, processes=processes)
+    quantize_blocks(spec, decoder, tokens, store, tee, restart=restart, given=given, processes=processes)
     peaks = processes.gather(peak_memory(decoder.device))
     base = given.folder.resolve() if given else (store.out / "model").resolve()
 
@@ -121,7 +123,7 @@ def _run(
         write_run_file(spec, store.out)
         tee("phase", {"phase": "export", "seconds": time.perf_counter() - exporting})
         result = RunResult(store.out, spec, store.summaries(), time.perf_counter() - started, phases, base)
-        report = _report(result, decoder, None if given else form, pipeline.versions(), peaks)
+        report = _report(result, decoder, None if given else form, versions(), peaks)
         write_report(store.out, report)
         return dataclasses.replace(result, report=report)
 
@@ -130,8 +132,8 @@ def _run(
 
 def open_decoder(spec: RunSpec, processes: Processes = ALONE) -> Decoder:
     """The model that a run starts from, without any weight read, on this process's device."""
+    from cloq.device import resolve_device
     from cloq.models import Decoder, locate
-    from cloq.pipeline import resolve_device
 
     device = processes.device(resolve_device(spec.device))  # before the model: a missing GPU should be said at once
     return Decoder(locate(spec.model, spec.revision), device, trust_remote_code=spec.trust_remote_code)
@@ -157,10 +159,10 @@ def evaluate_tokens(
     Base and adapter are read from the exported files as they decode, not from the store. text: what the report calls the tokens. The
     16-bit model is the one in the run file.
     """
+    from cloq.device import resolve_device
     from cloq.evaluate import Quality, perplexity
     from cloq.export.peft import AdapterFolder
     from cloq.export.read import QuantizedFolder
-    from cloq.pipeline import resolve_device
     from cloq.report import add_quality
 
     out, device = Path(out), resolve_device(device)
@@ -211,7 +213,7 @@ def write_settings(spec: Spec, path: Path) -> None:
     """A file that `read_settings` reads: settings, and the versions they were used with."""
     import yaml
 
-    from cloq.pipeline import versions
+    from cloq.manifest import versions
     from cloq.store import write_atomically, writing
 
     content = {"cloq": __version__, "settings": spec.to_dict(), "versions": versions()}

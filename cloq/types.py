@@ -225,3 +225,13 @@ class Initializer(Protocol):
     """
 
     def initialize(self, weight: Tensor, stats: LayerStats, quantize: Quantize, rank: int) -> tuple[AnyQuantizedWeight, LoraFactors]: ...
+
+
+class GivenBase(Protocol):
+    """A base that someone else quantized: its layers by full name, each read exactly as the file decodes."""
+
+    names: frozenset[str]
+
+    def weight(self, name: str) -> AnyQuantizedWeight: ...
+
+    def fingerprint(self) -> str: ...

@@ -20,7 +20,7 @@ import torch
 
 from cloq.calibration import calibration_tokens, gram_matrices, shared_inputs
 from cloq.models import Batch, Decoder, load_tokenizer
-from cloq.pipeline import solve_layer
+from cloq.solve import solve_layer
 from cloq.specs import CalibSpec, layer_spec, matches, run_spec
 from cloq.types import LayerMetrics, LayerStats
 

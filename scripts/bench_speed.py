@@ -21,12 +21,12 @@ from unittest import mock
 
 import torch
 
-from cloq import lowrank, pipeline
+from cloq import lowrank, pipeline, solve
 from cloq.api import open_decoder, run
 from cloq.calibration import gram, paired
+from cloq.device import resolve_device
 from cloq.initializers import cloq as closed
 from cloq.memory import peak_resident
-from cloq.pipeline import resolve_device
 from cloq.plan import algebra, plan
 from cloq.plan.work import Machine, Work, measure
 from cloq.quantizers import Gptq, Magr
@@ -71,7 +71,7 @@ def clocked_run(spec: RunSpec, out: Path) -> tuple[Clocks, dict[str, float], flo
         (closed, "descend", "coordinate descent", lambda quantized, *rest: algebra.descent(quantized.shape)),
         (lowrank, "deflate", "deflation", lambda gram, rows, *rest: algebra.deflation(len(gram), len(rows))),
         (lowrank, "follow", "following the error", lambda error, gram, vectors: algebra.following(error.shape, vectors.shape[1])),
-        (pipeline, "_errors", "layer metrics", lambda weight, *rest: algebra.errors(weight.shape, 0, False)),
+        (solve, "_errors", "layer metrics", lambda weight, *rest: algebra.errors(weight.shape, 0, False)),
     ]
     with ExitStack() as stack:
         for owner, name, part, work in wrapped:

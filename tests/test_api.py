@@ -15,10 +15,10 @@ import torch
 
 import cloq
 from cloq.api import RUN_FILE, evaluate_tokens, export, read_run_file, run
+from cloq.device import resolve_device
 from cloq.errors import CalibrationError, ExportError, ModelError, RunError, SpecError
 from cloq.export.peft import AdapterFolder
 from cloq.export.read import QuantizedFolder
-from cloq.pipeline import resolve_device
 from cloq.report import read_report
 from cloq.specs import Rule, RunSpec, run_spec
 from cloq.store import Store

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 import cloq
-from cloq import pipeline
+from cloq import capture
 from cloq.api import evaluate_tokens, export, open_decoder
+from cloq.capture import statistics, top_up_experts
 from cloq.check import check
 from cloq.errors import ExportError
 from cloq.export.dense import Dense
@@ -22,6 +23,7 @@ from cloq.export.folder import write_model
 from cloq.models import Decoder
 from cloq.models import decoder as decoding
 from cloq.plan import plan
+from cloq.solve import solve_layer
 from cloq.specs import layer_spec, run_spec
 from cloq.store import Store
 from cloq.types import LayerStats
@@ -98,8 +100,8 @@ def test_a_killed_run_goes_on_to_the_same_bytes_and_splitting_a_round_changes_no
     (tmp_path / "again/.cloq/blocks/00001.safetensors").unlink()
     monkeypatch.setattr(decoding, "GRAM_BYTES", 5 * 4 * 96**2)
     rounds = []
-    gram_matrices = pipeline.gram_matrices
-    monkeypatch.setattr(pipeline, "gram_matrices", lambda runs, linears, names: rounds.append(names) or gram_matrices(runs, linears, names))
+    gram_matrices = capture.gram_matrices
+    monkeypatch.setattr(capture, "gram_matrices", lambda runs, linears, names: rounds.append(names) or gram_matrices(runs, linears, names))
     cloq.quantize(result.spec.model, out=tmp_path / "again", calib=str(text), **SETTINGS)
     assert max(len(names) for names in rounds) <= 12  # of 16 experts
     for part in ("model", "adapter"):
@@ -262,13 +264,14 @@ def test_topping_up_halves_the_error_of_experts_that_saw_few_tokens(tmp_path):
     decoder.load_block(0)
     linears, spec = decoder.linears(0), run_spec(model="m", bits=2, group_size=32, rank=4)
     names = [name for name in decoder.expert_layers if not name.endswith("gate_proj")]
-    own, unseen = (pipeline.gram_matrices(pipeline._forwards(decoder, 0, batches), linears, names) for batches in (calibration, heldout))
-    topped = pipeline._topped_up(decoder, 0, linears, calibration, own)
+    groups = [[name] for name in names]
+    (own, _), (unseen, _) = (statistics(decoder, 0, linears, groups, batches) for batches in (calibration, heldout))
+    topped = top_up_experts(decoder, 0, linears, calibration, own)
     assert len(topped) == len(names)
 
     def error(name: str, stats: LayerStats) -> float:
         weight = decoder.weight(name, linears[name])
-        return pipeline.solve_layer(weight, stats, unseen[name], layer_spec(spec, name), spec.lora).metrics.heldout_corrected
+        return solve_layer(weight, stats, unseen[name], layer_spec(spec, name), spec.lora).metrics.heldout_corrected
 
     measured = [name for name in names if unseen[name].n_tokens > 50]
     assert len(measured) > 20

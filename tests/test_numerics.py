@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cloq.errors import ModelError
-from cloq.pipeline import solve_layer
+from cloq.solve import solve_layer
 from cloq.specs import INITIALIZER_NAMES, LayerSpec, LoraSpec, QuantSpec
 from cloq.types import LayerStats
 from tests.problems import KINDS, problem

@@ -100,9 +100,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss": ("gpt_oss", _LLAMA | _SLIDING | {"num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 4}),
     "jetmoe": (
         "jetmoe",
-        _WIDE
-        | {"intermediate_size": 96, "num_key_value_heads": 2, "kv_channels": 32}
-        | {"num_local_experts": 4, "num_experts_per_tok": 2},
+        _WIDE | {"intermediate_size": 96, "num_key_value_heads": 2, "kv_channels": 32} | {"num_local_experts": 4, "num_experts_per_tok": 2},
     ),
     "dbrx": (
         "dbrx",
@@ -154,9 +152,7 @@ def tiny_model(family: str, seed: int = 0, **overrides: Any) -> nn.Module:
     return model.eval()
 
 
-def save_tiny(
-    family: str, folder: Path, *, dtype: torch.dtype = torch.float32, shards: int = 1, seed: int = 0, **overrides: Any
-) -> Path:
+def save_tiny(family: str, folder: Path, *, dtype: torch.dtype = torch.float32, shards: int = 1, seed: int = 0, **overrides: Any) -> Path:
     """Saves `tiny_model(family, seed, **overrides)` into `folder`, in `dtype`, as one file or about `shards` files, with a
     tokenizer; returns the folder."""
     model = tiny_model(family, seed, **overrides).to(dtype)

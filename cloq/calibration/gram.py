@@ -1,4 +1,4 @@
-"""Hooks on one block: which linear layers share an input, and the Gram matrices of those inputs."""
+"""The Gram matrices of linear layers' inputs."""
 
 from __future__ import annotations
 
@@ -8,37 +8,13 @@ from contextlib import contextmanager, suppress
 import torch
 from torch import Tensor, nn
 
+from cloq.calibration.hooks import Enough, once, watching
 from cloq.errors import ModelError
+from cloq.linears import linear_shape
 from cloq.types import LayerStats
 
 PANEL = 256
 """Columns of a Gram matrix that are added to in one product."""
-
-
-class Enough(Exception):
-    """Raised inside a forward once the last wanted input has been seen: what follows in the block need not be computed."""
-
-
-def shared_inputs(run: Callable[[], object], linears: dict[str, nn.Module]) -> list[list[str]]:
-    """Groups of layers that are given the very same tensor, in the order in which one forward reaches them.
-
-    run: one forward of the block. Layers that the forward never reaches come last, each alone. Two inputs are the same if they
-    start at the same address with the same shape, strides and type, and nothing wrote to them in between. All of them are held
-    until the forward ends, so a reused buffer cannot pass for an equal input; empty inputs have no address and are never the
-    same. Raises `ModelError` for a layer that runs twice, whose statistics would be counted twice.
-    """
-    groups: dict[tuple, list[str]] = {}
-    held: list[Tensor] = []
-    reached: set[str] = set()
-
-    def see(name: str, x: Tensor) -> None:
-        once(name, reached)
-        held.append(x)
-        groups.setdefault(_identity(x, len(held)), []).append(name)
-
-    with torch.no_grad(), watching(linears, linears, see):
-        run()
-    return [*groups.values(), *([name] for name in linears if name not in reached)]
 
 
 def gram_matrices(runs: Iterable[Callable[[], object]], linears: dict[str, nn.Module], names: Sequence[str]) -> dict[str, LayerStats]:
@@ -154,42 +130,9 @@ def _mirror(gram: Tensor) -> None:
         gram[start + PANEL :, start : start + PANEL] = panel[:, start + PANEL :].T
 
 
-def once(name: str, reached: set[str]) -> None:
-    """Adds a name to those that a forward has reached; `ModelError` the second time."""
-    if name in reached:
-        raise ModelError(
-            f"{name} runs more than once in one forward of its block, which is not supported; leave it dense with --skip {name}"
-        )
-    reached.add(name)
-
-
-def _identity(x: Tensor, position: int) -> tuple:
-    version = None if x.is_inference() else x._version  # goes up with every write in place; inference tensors keep no count
-    alone = position if x.numel() == 0 else 0
-    return (x.data_ptr(), tuple(x.shape), x.stride(), x.dtype, x.device, version, alone)
-
-
 def _nothing_seen(linear: nn.Module) -> LayerStats:
-    width = linear.in_features if isinstance(linear, nn.Linear) else linear.weight.shape[0]
+    width = linear_shape(linear)[1]
     return LayerStats(torch.zeros(width, width, device=linear.weight.device), 0)
-
-
-@contextmanager
-def watching(linears: dict[str, nn.Module], names: Iterable[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """`see(name, input)` before each forward of the named layers; the hooks are gone afterwards, whatever happened."""
-
-    def hook_for(name: str):
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            see(name, args[0] if args else next(iter(kwargs.values())))
-
-        return hook
-
-    handles = [linears[name].register_forward_pre_hook(hook_for(name), with_kwargs=True) for name in names]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

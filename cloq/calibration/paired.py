@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 
 import torch
 from torch import Tensor, nn
 
-from cloq.calibration.gram import Enough, GramSums, full_precision, once, watching
+from cloq.calibration.gram import GramSums, full_precision
+from cloq.calibration.hooks import Enough, hooked, inputs_of, once, watching
 from cloq.drift import Drift
 from cloq.errors import ModelError
+from cloq.linears import linear_shape
 from cloq.types import LayerStats
 
 Run = Callable[[], Tensor]
@@ -36,7 +38,7 @@ def junctions(run: Run, block: nn.Module, layers: Iterable[str]) -> Junctions:
     """
     modules = {m: name for name, m in block.named_modules() if name and not isinstance(m, _TRANSPARENT)}
     plain: list[Tensor] = []
-    with _inputs_of(modules, lambda module, x: plain.append(x)):
+    with inputs_of(modules, lambda module, x: plain.append(x)):
         returned = run()
     found: Junctions = {}
     for name in layers:
@@ -66,7 +68,7 @@ def _first_shown(
             shown.append((module, before, x))
             raise Enough
 
-    with _inputs_of(modules, look), _hook(layer.register_forward_hook(move)), suppress(Enough):
+    with inputs_of(modules, look), hooked(layer.register_forward_hook(move)), suppress(Enough):
         shown.append((block, returned, run()))
     if len(moved) != 1:
         return None
@@ -122,9 +124,8 @@ def _add(total: Tensor, difference: Tensor, rows: Tensor) -> None:
 
 
 def _zeros(layer: nn.Module, *sides: int) -> Tensor:
-    """float32, `(out or in, out or in)` of a layer: sides 0 and 1 of its weight as Hugging Face has it."""
-    shape = layer.weight.shape if isinstance(layer, nn.Linear) else layer.weight.shape[::-1]
-    return torch.zeros([shape[side] for side in sides], device=layer.weight.device)
+    """float32, `(out or in, out or in)` of a layer: 0 for out, 1 for in."""
+    return torch.zeros([linear_shape(layer)[side] for side in sides], device=layer.weight.device)
 
 
 class Seen:
@@ -158,9 +159,9 @@ class Seen:
         with torch.no_grad(), watching(linears, names, see), ExitStack() as stack, suppress(Enough):
             for name, junction in adding.items():
                 keep = linears[name].register_forward_hook(lambda m, a, y, name=name: outputs.update({name: _rows(y)}))
-                stack.enter_context(_hook(keep))
+                stack.enter_context(hooked(keep))
                 if junction is not None:
-                    stack.enter_context(_inputs_of([junction], lambda module, x, name=name: join(name, x)))
+                    stack.enter_context(inputs_of([junction], lambda module, x, name=name: join(name, x)))
             self.output = run()
             for name, junction in adding.items():
                 if junction is None:
@@ -173,26 +174,3 @@ See = Callable[[Sequence[str], "dict[str, nn.Module | None]"], Seen]
 
 def _rows(x: Tensor) -> Tensor:
     return x.detach().flatten(0, -2).float()
-
-
-@contextmanager
-def _hook(handle):
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _inputs_of(modules: Iterable[nn.Module], see: Callable[[nn.Module, Tensor], None]):
-    """`see(module, x)` before each forward of the modules, with the first tensor that it is given."""
-
-    def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-        if x is not None:
-            see(module, x)
-
-    with ExitStack() as stack:
-        for module in modules:
-            stack.enter_context(_hook(module.register_forward_pre_hook(hook, with_kwargs=True)))
-        yield

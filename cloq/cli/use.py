@@ -106,11 +106,11 @@ class _Talk:
     been found to be good."""
 
     def __init__(self, out: Path, adapter: Path | None, base: Path | None, device: str, trust: bool, sampling, chat: bool):
+        from cloq.device import resolve_device
         from cloq.export.peft import AdapterFolder
         from cloq.export.read import read_config
         from cloq.models import load_config, load_tokenizer, max_positions
         from cloq.pairing import base_folder
-        from cloq.pipeline import resolve_device
 
         device = resolve_device(device)
         self.out, self.sampling, self.chat = out, sampling, chat

@@ -1,8 +1,8 @@
 """All that knows transformers and model folders: where a model is, its tensors, and its blocks."""
 
+from cloq.linears import is_conv1d, is_linear, linear_shape, set_weight
 from cloq.models.checkpoint import Checkpoint, TensorSource
 from cloq.models.decoder import Batch, Decoder
-from cloq.models.linears import is_conv1d, is_linear, linear_shape, set_weight
 from cloq.models.locate import cache_folder, locate
 from cloq.models.quiet import quiet_libraries
 from cloq.models.reference import Reference

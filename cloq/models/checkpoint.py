@@ -64,9 +64,7 @@ class Checkpoint:
                 raise ModelError(f"{index} is not a valid safetensors index ({error}); fetch the model again") from error
             for name in names:
                 if not isinstance(name, str) or Path(name).name != name or not name.isprintable():
-                    raise ModelError(
-                        f"{index} names the shard {shown(name)}, which is not a plain file name; the checkpoint is refused"
-                    )
+                    raise ModelError(f"{index} names the shard {shown(name)}, which is not a plain file name; the checkpoint is refused")
             return [self.folder / name for name in names]
         if (self.folder / SINGLE).exists():
             return [self.folder / SINGLE]

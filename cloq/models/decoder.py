@@ -19,8 +19,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from cloq import linears as kinds
 from cloq.errors import ModelError
-from cloq.models import linears as kinds
 from cloq.models.checkpoint import Checkpoint, TensorSource, check_finite
 from cloq.models.experts import ExpertLayer, Experts, experts_of, rounds
 from cloq.models.heap import trim_heap
@@ -106,12 +106,12 @@ class Decoder:
         }
 
     def routers(self, index: int) -> list[str]:
-        """Full names of a block's plain linear layers that choose or weigh experts; see `cloq.models.linears.routers`."""
+        """Full names of a block's plain linear layers that choose or weigh experts; see `cloq.linears.routers`."""
         return [f"{self.block_name(index)}.{name}" for name in kinds.routers(self.blocks[index])]
 
     def fused_experts(self, index: int) -> list[str]:
         """Full names of a block's weights that belong to no linear layer and could not be taken apart; see
-        `cloq.models.linears.fused_experts`."""
+        `cloq.linears.fused_experts`."""
         return [f"{self.block_name(index)}.{name}" for name in kinds.fused_experts(self.blocks[index])]
 
     def block_parameters(self, index: int) -> int:

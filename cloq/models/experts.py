@@ -6,7 +6,7 @@
 Hooks then see each expert's tokens, and all that works on linear layers (patterns, Gram matrices, quantizers, factors, stored blocks)
 works on experts. No family has a branch: transformers' experts classes state how they lie in memory and what their gate computes, for the
 sake of its own interchangeable kernels (`transformers.integrations.moe`), and what they state is what is read here. Classes without such
-statements stay as they are; see `cloq.models.linears.fused_experts`.
+statements stay as they are; see `cloq.linears.fused_experts`.
 """
 
 from __future__ import annotations

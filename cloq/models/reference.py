@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from cloq.calibration.paired import Junctions, Seen, adding_layers, junctions
+from cloq.linears import linear_shape
 from cloq.models.decoder import Batch, Decoder
-from cloq.models.linears import linear_shape
 
 KEPT_BYTES = 1 << 30
 """What a block's inputs may take that are kept instead of computed again for every round. It changes the time, not the result."""

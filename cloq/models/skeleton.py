@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from cloq.errors import ModelError
+from cloq.linears import is_linear
 from cloq.models.experts import unfuse
-from cloq.models.linears import is_linear
 
 
 def load_config(folder: str | Path, trust_remote_code: bool = False):
@@ -80,17 +80,13 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     outermost = {n: m for n, m in lists.items() if not any(n.startswith(other + ".") for other in lists if other != n)}
     best = max(outermost, key=lambda name: size(outermost[name]), default=None)
     if best is None or size(outermost[best]) == 0:
-        raise ModelError(
-            f"{type(model).__name__} has no row of blocks that hold linear layers; cloq takes decoder-only language models"
-        )
+        raise ModelError(f"{type(model).__name__} has no row of blocks that hold linear layers; cloq takes decoder-only language models")
     blocks = outermost[best]
     owners: dict[int, int] = {}
     for index, block in enumerate(blocks):
         for part in block.modules():
             if owners.setdefault(id(part), index) != index and any(True for _ in part.parameters()):
-                raise ModelError(
-                    f"{type(model).__name__} uses the same layers in several blocks; shared blocks are not supported"
-                )
+                raise ModelError(f"{type(model).__name__} uses the same layers in several blocks; shared blocks are not supported")
     return best, blocks
 
 

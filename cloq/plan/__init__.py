@@ -109,9 +109,9 @@ class Plan:
 def plan(spec: RunSpec, decoder: Decoder, machine: Machine | None = None) -> Plan:
     """Plans a run on a model that is open. machine: measured here if not given.
 
-    Raises what `pipeline.plan_layers` raises: patterns that name nothing, nothing left to quantize, experts that cannot be taken apart.
+    Raises what `layers.plan_layers` raises: patterns that name nothing, nothing left to quantize, experts that cannot be taken apart.
     """
-    from cloq.pipeline import plan_layers
+    from cloq.layers import plan_layers
 
     specs = plan_layers(spec, decoder)
     shapes = {name: linear_shape(m) for index in range(len(decoder.blocks)) for name, m in decoder.linears(index).items()}

@@ -25,7 +25,7 @@ _KRYLOV_BLOCKS = 6
 
 
 def solve(shape: Shape, quant: QuantSpec, lora: LoraSpec, rank: int, heldout: bool, given: bool = False) -> Work:
-    """`pipeline.solve_layer` for a layer `(out, in)`. given: the base is, and only the factors are found."""
+    """`solve.solve_layer` for a layer `(out, in)`. given: the base is, and only the factors are found."""
     rank = min(rank, *shape)
     quantized = Work() if given else quantize(shape, quant)
     times = {"loftq": lora.iterations, "cloq": 1 + (0 if given else lora.rounds)}.get(lora.init, 1)

@@ -46,9 +46,7 @@ Calibrated on {_text(report.describe_calibration())}. Made with cloq, an impleme
 
 def _start(report: Report) -> str:
     if report.spec.lora.init == "cloq":
-        return (
-            "The adapter starts where it undoes the most of the quantization error: fine-tuning starts near the original model."
-        )
+        return "The adapter starts where it undoes the most of the quantization error: fine-tuning starts near the original model."
     if report.spec.lora.init == "zero":
         return "The adapter starts at zero, as in QLoRA: before fine-tuning the model is the quantized one."
     return "The adapter starts as a correction of the quantization error."
@@ -121,12 +119,9 @@ def _numbers(report: Report) -> str:
         lines += _table(["model", "perplexity"], [[row.model, perplexity(row.perplexity) + uncertainty(row)] for row in rows])
         share = damage_repaired(rows)
         lines += [f"The adapter repairs {percent(share)} of the damage in log-perplexity.", ""] if share is not None else []
-    kinds = [("calibration text", "error", False)] + (
-        [("held-out text", "heldout", True)] if mean("heldout_corrected") is not None else []
-    )
+    kinds = [("calibration text", "error", False)] + ([("held-out text", "heldout", True)] if mean("heldout_corrected") is not None else [])
     rows = [
-        [f"{what}", error(mean(f"{key}_quantized")), error(mean(f"{key}_corrected")), percent(report.repaired(h))]
-        for what, key, h in kinds
+        [f"{what}", error(mean(f"{key}_quantized")), error(mean(f"{key}_corrected")), percent(report.repaired(h))] for what, key, h in kinds
     ]
     lines += [f"Relative squared output error of a layer, mean over {wording.plural(len(report.layers), 'layer')}:", ""]
     lines += _table(["on", "quantized", "with the adapter", "repaired"], rows)

@@ -40,9 +40,7 @@ def read_report(out: str | Path) -> Report:
     try:
         return Report.from_dict(json.loads(path.read_text("utf8")))
     except FileNotFoundError as error:
-        raise RunError(
-            f"{path} does not exist; a finished run has one (run the same cloq quantize command again to write it)"
-        ) from error
+        raise RunError(f"{path} does not exist; a finished run has one (run the same cloq quantize command again to write it)") from error
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise RunError(
             f"{path} is damaged ({type(error).__name__}: {error}); run the same cloq quantize command again to rewrite it"

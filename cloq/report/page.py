@@ -71,9 +71,7 @@ def _tiles(report: Report) -> str:
     for (text, protocol), rows in list(by_text(report.quality).items())[:1]:
         values = {row.model: perplexity(row.perplexity) for row in rows}
         number = (
-            _arrow(values["base"], values["base + adapter"])
-            if {"base", "base + adapter"} <= values.keys()
-            else " · ".join(values.values())
+            _arrow(values["base"], values["base + adapter"]) if {"base", "base + adapter"} <= values.keys() else " · ".join(values.values())
         )
         dense = f"16-bit model: {values['16-bit']}; " if "16-bit" in values else ""
         tiles.append(_tile("Perplexity", number, f"{dense}{escape(text)}, {escape(protocol)}"))
@@ -81,13 +79,9 @@ def _tiles(report: Report) -> str:
     tiles.append(_tile("Layer error", _arrow(error(mean("error_quantized")), error(mean("error_corrected"))), repaired))
     if mean("heldout_corrected") is not None:
         repaired = f"{percent(report.repaired(heldout=True))} repaired, on text that was never fitted"
-        tiles.append(
-            _tile("Held-out layer error", _arrow(error(mean("heldout_quantized")), error(mean("heldout_corrected"))), repaired)
-        )
+        tiles.append(_tile("Held-out layer error", _arrow(error(mean("heldout_quantized")), error(mean("heldout_corrected"))), repaired))
     bits, with_adapter, halved = (report.bits_per_weight(bits) for bits in (0, STORED_ADAPTER_BITS, 16))
-    tiles.append(
-        _tile("Bits per weight", f"{bits:.2f}", f"{with_adapter:.2f} with the 32-bit adapter, {halved:.2f} with it cast to 16")
-    )
+    tiles.append(_tile("Bits per weight", f"{bits:.2f}", f"{with_adapter:.2f} with the 32-bit adapter, {halved:.2f} with it cast to 16"))
     if "base" in report.sizes:
         original = size(report.sizes.get("original"))
         note = f"base, embeddings included; adapter {size(report.sizes.get('adapter'))}"
@@ -166,9 +160,7 @@ def _time(report: Report) -> str:
     text = "<h2>Where the time went</h2>\n"
     phases = figures.phases(report)
     if phases is not None:
-        caption = (
-            "capture: forwards for Gram matrices; solve: quantization, factors, errors; propagate: forwards to the next block."
-        )
+        caption = "capture: forwards for Gram matrices; solve: quantization, factors, errors; propagate: forwards to the next block."
         text += _figure(phases, caption)
     return text + _figure(figures.seconds(report), "Quantization plus factors, by block.")
 
@@ -178,15 +170,9 @@ def _course(report: Report) -> str:
     notes = [f"<li>{escape(note)}</li>" for note in report.notes]
     for note, names in report.layer_notes().items():
         listed = ", ".join(f"<code>{escape(name)}</code>" for name in names)
-        shown = (
-            f": {listed}"
-            if len(names) <= _NAMED
-            else f" <details><summary>({plural(len(names), 'layer')})</summary>{listed}</details>"
-        )
+        shown = f": {listed}" if len(names) <= _NAMED else f" <details><summary>({plural(len(names), 'layer')})</summary>{listed}</details>"
         notes.append(f"<li>{escape(note)}{shown}</li>")
-    text += (
-        f"<ul>{''.join(notes)}</ul>\n" if notes else "<p>Nowhere: no raised damping, no clipped rank, no shortened group.</p>\n"
-    )
+    text += f"<ul>{''.join(notes)}</ul>\n" if notes else "<p>Nowhere: no raised damping, no clipped rank, no shortened group.</p>\n"
     drawn = figures.damping(report)
     if drawn is not None:
         return text + _figure(drawn, "Relative damping with which the Cholesky factorization of each layer succeeded.")
@@ -208,9 +194,7 @@ def _settings(report: Report) -> str:
 
 
 def _pairs(values: dict[str, Any]) -> str:
-    rows = "".join(
-        f"<tr><td>{escape(key.replace('_', ' '))}</td><td>{escape(_setting(value))}</td></tr>" for key, value in values.items()
-    )
+    rows = "".join(f"<tr><td>{escape(key.replace('_', ' '))}</td><td>{escape(_setting(value))}</td></tr>" for key, value in values.items())
     return f'<table class="left">{rows}</table>'
 
 

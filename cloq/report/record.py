@@ -75,9 +75,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; `from_dict` gives an equal report. NaN and Inf become null. `summary` is derived and not read back."""
-        layers = {
-            n: {"layout": dataclasses.asdict(s.layout), "metrics": dataclasses.asdict(s.metrics)} for n, s in self.layers.items()
-        }
+        layers = {n: {"layout": dataclasses.asdict(s.layout), "metrics": dataclasses.asdict(s.metrics)} for n, s in self.layers.items()}
         values = {
             "cloq": __version__,
             "summary": self.summary(),
@@ -140,9 +138,7 @@ class Report:
         """`GPTQ after MagR, 2 bits, groups of 64, asymmetric`; other widths are named where rules make several."""
         quant = self.spec.quant
         layouts = {(s.layout.bits, s.layout.group_size) for s in self.layers.values()}
-        widths = ", ".join(
-            f"{bits} bits in {f'groups of {size}' if size else 'channels'}" for bits, size in sorted(layouts, key=str)
-        )
+        widths = ", ".join(f"{bits} bits in {f'groups of {size}' if size else 'channels'}" for bits, size in sorted(layouts, key=str))
         grid = "" if quant.quantizer == "nf4" else ", symmetric" if quant.symmetric else ", asymmetric"
         return f"{quant.quantizer.upper()}{' after MagR' if quant.magr else ''}, {widths}{grid}"
 

@@ -12,9 +12,9 @@ from cloq.errors import TrainingError
 from cloq.export.peft import AdapterFolder
 from cloq.export.read import QuantizedFolder
 from cloq.loading import require_libraries
+from cloq.manifest import versions
 from cloq.models import load_config, max_positions
 from cloq.pairing import base_folder, refuse_another_base
-from cloq.pipeline import versions
 from cloq.training.spec import TrainSpec
 
 

