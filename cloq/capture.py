@@ -6,10 +6,10 @@ from functools import partial
 
 from torch import nn
 
-from cloq.calibration import gram_matrices, paired_statistics, summed, topped_up
+from cloq.calibration import adding_layers, gram_matrices, paired_statistics, summed, topped_up
 from cloq.distributed import ALONE, Processes
 from cloq.drift import Drift, sums_of
-from cloq.models import Batch, Decoder, Reference, linear_shape
+from cloq.models import Decoder, Forwards, Reference, hooks_on, linear_shape
 from cloq.types import LayerStats
 
 ENOUGH = 2
@@ -20,18 +20,21 @@ SHOWN = 4
 
 
 def statistics(
-    decoder: Decoder, index: int, linears: dict[str, nn.Module], groups: list[list[str]], batches: list[Batch],
+    decoder: Decoder, linears: dict[str, nn.Module], groups: list[list[str]], forwards: Forwards,
     processes: Processes = ALONE, reference: Reference | None = None,
 ) -> tuple[dict[str, LayerStats], dict[str, Drift]]:  # fmt: skip
     """Gram matrices of each group's input, by its first layer, and beside a reference the drift of every layer.
 
-    batches: this process's own. A layer that no token reached has a zero matrix. Raises `ModelError` for activations that are not finite.
+    forwards: of this process's own batches. A layer that no token reached has a zero matrix. Raises `ModelError` for activations that are
+    not finite.
     """
-    forwards = (partial(decoder.run_block, index, batch) for batch in batches)
+    names, positions = [name for group in groups for name in group], range(len(forwards.batches))
     if reference is None:
-        own, drifts = gram_matrices(forwards, linears, [group[0] for group in groups]), {}
+        runs = (partial(forwards.run, position, names) for position in positions)
+        own, drifts = gram_matrices(runs, linears, [group[0] for group in groups]), {}
     else:
-        pairs = zip(forwards, (partial(reference.seen, i) for i in range(len(batches))), strict=True)
+        watched = hooks_on(linears, adding_layers(groups, reference.joined))
+        pairs = ((partial(forwards.run, position, names, watched), partial(reference.seen, position)) for position in positions)
         own, drifts = paired_statistics(pairs, linears, groups, reference.joined, decoder.expert_layers)
     if processes.size > 1:
         own = summed(own, processes.total, processes.add)
@@ -40,8 +43,7 @@ def statistics(
 
 
 def top_up_experts(
-    decoder: Decoder, index: int, linears: dict[str, nn.Module], batches: list[Batch], stats: dict[str, LayerStats],
-    processes: Processes = ALONE,
+    decoder: Decoder, linears: dict[str, nn.Module], forwards: Forwards, stats: dict[str, LayerStats], processes: Processes = ALONE
 ) -> dict[str, LayerStats]:  # fmt: skip
     """The statistics of those experts' layers that saw fewer than `ENOUGH` tokens for each of their inputs: topped up to that many with a
     mean over tokens of the layer, wherever the router sent them, as this expert would treat them."""
@@ -53,7 +55,7 @@ def top_up_experts(
     alike: dict[object, list[str]] = {}  # experts are shown the same tokens: of those that see the tokens themselves one stands for all
     for name in starved:
         alike.setdefault(name if experts[name].inner else experts[name].experts, []).append(name)
-    tokens = processes.total({"tokens": sum(batch.hidden.shape[:2].numel() for batch in batches)})["tokens"]
+    tokens = processes.total({"tokens": sum(batch.hidden.shape[:2].numel() for batch in forwards.batches)})["tokens"]
     with decoder.showing(starved, tokens, SHOWN // ENOUGH * max(least[name] for name in starved)):
-        others, _ = statistics(decoder, index, linears, [names[:1] for names in alike.values()], batches, processes)
+        others, _ = statistics(decoder, linears, [names[:1] for names in alike.values()], forwards.anew(), processes)
     return {name: topped_up(stats[name], others[names[0]], least[name]) for names in alike.values() for name in names}

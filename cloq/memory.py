@@ -31,6 +31,26 @@ def peak_resident() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+SPARE = 0.25
+"""Share of the memory that is free which a run may fill with what it would otherwise compute again."""
+
+
+def spare_memory(device: torch.device) -> int:
+    """Bytes on the device that may be filled with what can be computed again: a quarter of what is free; in a container, of what that may
+    still take. 1 GiB where the system does not say."""
+    if device.type == "cuda":
+        return int(SPARE * torch.cuda.mem_get_info(device)[0])
+    try:
+        said = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = 1024 * int(said["MemAvailable"].split()[0])
+        limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+        if limit.exists() and (allowed := limit.read_text().strip()) != "max":
+            free = min(free, int(allowed) - int(used.read_text()))
+    except (OSError, KeyError, ValueError, IndexError):
+        return 1 << 30
+    return max(0, int(SPARE * free))
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on whatever device."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(said in str(error) for said in _SAID_BY_ALLOCATORS)

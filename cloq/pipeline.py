@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +26,8 @@ from cloq.drift import Drift, corrected
 from cloq.errors import ModelError, SpecError
 from cloq.layers import plan_layers
 from cloq.manifest import manifest
-from cloq.memory import in_smaller_batches, is_out_of_memory
-from cloq.models import Batch, Decoder, Reference, linear_shape, set_weight
+from cloq.memory import in_smaller_batches, is_out_of_memory, spare_memory
+from cloq.models import Batch, Decoder, Forwards, Kind, Kinds, Reference, Room, linear_shape, set_weight
 from cloq.solve import solve_layer
 from cloq.specs import LayerSpec, RunSpec
 from cloq.store import Store, differences
@@ -98,6 +98,20 @@ class _Streams:
 
 
 @dataclass(frozen=True, eq=False)
+class _Block:
+    """A block that is loaded. calibration, heldout: its forwards."""
+
+    index: int
+    linears: dict[str, nn.Module]
+    calibration: Forwards
+    heldout: Forwards
+
+    def settle(self, names: Iterable[str]) -> None:
+        self.calibration.settle(names)
+        self.heldout.settle(names)
+
+
+@dataclass(frozen=True, eq=False)
 class _Loop:
     """What all blocks of a run have in common, and what is done with one of them."""
 
@@ -119,28 +133,28 @@ class _Loop:
         self.emit("start", {"blocks": total, "finished": done, "layers": sum(not layer.dense for layer in self.layers.values())})
         with clock("embed"):
             streams = self._entered(tokens)
+        kinds, spare = Kinds(decoder, self.processes.on_first), spare_memory(decoder.device)
         for index in range(total):
             started = time.perf_counter()
             with clock("load"):
-                block = decoder.load_block(index)
-            linears = decoder.linears(index)
-            if streams.reference:
-                with clock("capture"):
-                    streams.reference.enter(index, linears)
+                decoder.load_block(index)
+            with clock("capture"):
+                block = self._block(index, streams, kinds.of(index, streams.calibration), Room(spare))
             if index < done:
                 stored = self.processes.exchange(self.store.read(index) if self.processes.first else {}, decoder.device)
-                self._apply(stored, linears)
+                self._apply(stored, block)
                 self.emit("replay", {"block": index, "blocks": total})
             else:
-                results = self._solve_block(index, linears, streams)
+                results = self._solve_block(block, streams.reference)
                 with clock("store"):
                     if self.processes.first:
                         self.store.write(index, results)
             if index < last:
                 with clock("propagate"):
-                    self._propagate(index, streams)
-            decoder.drop_block(index)
+                    for forwards in (block.calibration, block.heldout, *([streams.reference] if streams.reference else [])):
+                        forwards.propagate()
             del block
+            decoder.drop_block(index)
             self.emit("block", {"block": index, "blocks": total, "seconds": time.perf_counter() - started, "replayed": index < done})
 
     def _entered(self, tokens: CalibrationTokens) -> _Streams:
@@ -150,49 +164,56 @@ class _Loop:
             return self.decoder.enter(part, self.spec.batch_tokens) if len(part) else []
 
         calibration, heldout = enter(tokens.calibration), enter(tokens.heldout)
-        reference = Reference(self.decoder, enter(tokens.calibration), self.processes.on_first) if self.spec.corrects else None
+        reference = Reference(self.decoder, enter(tokens.calibration)) if self.spec.corrects else None
         return _Streams(calibration, heldout, reference)
 
-    def _propagate(self, index: int, streams: _Streams) -> None:
-        for batches in (streams.calibration, streams.heldout):
-            for i, batch in enumerate(batches):  # in place: old and new activations of all batches never stand side by side
-                batches[i] = Batch(self.decoder.run_block(index, batch), batch.calls)
+    def _block(self, index: int, streams: _Streams, kind: Kind, room: Room) -> _Block:
+        linears, prefix = self.decoder.linears(index), self.decoder.block_name(index) + "."
+        ends = {part: end for part, end in kind.ends.items() if self._one_by_one and not self.layers[prefix + end.layer].dense}
+        if self.spec.propagate == "dense":
+            ends = kind.ends
+        final = linears if self.spec.propagate == "dense" else ()
+        calibration, heldout = (Forwards(self.decoder, index, part, ends, room, final) for part in (streams.calibration, streams.heldout))
         if streams.reference:
-            streams.reference.propagate()
+            streams.reference.enter(index, linears, kind, room)
+        return _Block(index, linears, calibration, heldout)
 
-    def _solve_block(self, index: int, linears: dict[str, nn.Module], streams: _Streams) -> dict[str, LayerResult]:
+    @property
+    def _one_by_one(self) -> bool:
+        """Whether layers are calibrated behind those before them in their block."""
+        return self.spec.sequential and self.spec.propagate != "dense"
+
+    def _solve_block(self, block: _Block, reference: Reference | None) -> dict[str, LayerResult]:
         """One forward per round; later rounds see the layers of earlier ones already quantized."""
-        decoder, processes, reference = self.decoder, self.processes, streams.reference
+        decoder, processes, linears = self.decoder, self.processes, block.linears
         wanted = {name: module for name, module in linears.items() if not self.layers[name].dense}
         if not wanted:
             return {}
         with self.clock("capture"):
-            groups = processes.on_first(lambda: shared_inputs(lambda: decoder.run_block(index, streams.calibration[0]), wanted))
-            if reference:
-                reference.look(groups)
+            groups = processes.on_first(lambda: shared_inputs(lambda: block.calibration.run(0), wanted))
         results: dict[str, LayerResult] = {}
-        for together in decoder.rounds(groups, one_by_one=self.spec.sequential and self.spec.propagate != "dense"):
+        for together in decoder.rounds(groups, self._one_by_one):
             owner = shared_out(together, {name: linear_shape(linears[name]) for group in together for name in group}, processes.size)
             with self.clock("capture"):
-                stats, drifts = statistics(decoder, index, linears, together, streams.calibration, processes, reference)
-                stats |= top_up_experts(decoder, index, linears, streams.calibration, stats, processes)
+                stats, drifts = statistics(decoder, linears, together, block.calibration, processes, reference)
+                stats |= top_up_experts(decoder, linears, block.calibration, stats, processes)
                 unseen = {}
                 if self.spec.calib.heldout_samples:
-                    unseen, _ = statistics(decoder, index, linears, together, streams.heldout, processes)
+                    unseen, _ = statistics(decoder, linears, together, block.heldout, processes)
             for group in together:
                 seen, held = stats.pop(group[0]), unseen.pop(group[0], None)  # gone, with what was found from them, before the next ones
                 own = [name for name in group if owner[name] == processes.rank]
                 for name in own:
                     with self.clock("solve"):
                         results[name] = self._solve_layer(name, linears[name], seen, held, drifts.pop(name, None))
-                    self._tell(index, name, results[name])
+                    self._tell(block, name, results[name])
                 del seen, held
                 with self.clock("apply"):
-                    self._apply({name: results[name] for name in own}, linears)
+                    self._apply({name: results[name] for name in own}, block)
             others = self._of_others({name: results[name] for name in owner if name in results})
             for name, result in others.items():
-                self._tell(index, name, result)
-            self._apply(others, linears)
+                self._tell(block, name, result)
+            self._apply(others, block)
             results |= others
         return {name: results[name] for name in linears if name in results}
 
@@ -211,15 +232,16 @@ class _Loop:
         with self.clock("exchange"):
             return {name: result for name, result in self.processes.exchange(own, self.decoder.device).items() if name not in own}
 
-    def _tell(self, index: int, name: str, result: LayerResult) -> None:
-        self.emit("layer", {"block": index, "name": name, **dataclasses.asdict(result.metrics)})
+    def _tell(self, block: _Block, name: str, result: LayerResult) -> None:
+        self.emit("layer", {"block": block.index, "name": name, **dataclasses.asdict(result.metrics)})
 
-    def _apply(self, results: dict[str, LayerResult], linears: dict[str, nn.Module]) -> None:
+    def _apply(self, results: dict[str, LayerResult], block: _Block) -> None:
         """Puts finished layers into a block: `Q + BA` (`adapter`), `Q` (`quantized`), or nothing (`dense`)."""
         if self.spec.propagate == "dense":
             return
         for name, result in results.items():
-            set_weight(linears[name], result.effective_weight(adapter=self.spec.propagate == "adapter"))
+            set_weight(block.linears[name], result.effective_weight(adapter=self.spec.propagate == "adapter"))
+        block.settle(results)
 
 
 class _Clock:

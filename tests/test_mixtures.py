@@ -20,7 +20,7 @@ from cloq.check import check
 from cloq.errors import ExportError
 from cloq.export.dense import Dense
 from cloq.export.folder import write_model
-from cloq.models import Decoder
+from cloq.models import Decoder, Forwards, Room
 from cloq.models import decoder as decoding
 from cloq.plan import plan
 from cloq.solve import solve_layer
@@ -265,8 +265,9 @@ def test_topping_up_halves_the_error_of_experts_that_saw_few_tokens(tmp_path):
     linears, spec = decoder.linears(0), run_spec(model="m", bits=2, group_size=32, rank=4)
     names = [name for name in decoder.expert_layers if not name.endswith("gate_proj")]
     groups = [[name] for name in names]
-    (own, _), (unseen, _) = (statistics(decoder, 0, linears, groups, batches) for batches in (calibration, heldout))
-    topped = top_up_experts(decoder, 0, linears, calibration, own)
+    shown, unshown = (Forwards(decoder, 0, batches, {}, Room(0)) for batches in (calibration, heldout))
+    (own, _), (unseen, _) = (statistics(decoder, linears, groups, forwards) for forwards in (shown, unshown))
+    topped = top_up_experts(decoder, linears, shown, own)
     assert len(topped) == len(names)
 
     def error(name: str, stats: LayerStats) -> float:

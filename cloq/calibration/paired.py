@@ -130,15 +130,11 @@ def _zeros(layer: nn.Module, *sides: int) -> Tensor:
 
 class Seen:
     """One forward's inputs of the named layers, `rows[name] (tokens, in)`, and what the outputs of `adding` are added to,
-    `streams[name] (tokens, out)`; float32. output: what the block returns; `None` where the forward was stopped before, as it is as soon
-    as both are known, unless it is to go `through`."""
+    `streams[name] (tokens, out)`; float32. The forward is stopped as soon as both are known."""
 
-    def __init__(
-        self, run: Run, linears: dict[str, nn.Module], names: Sequence[str], adding: dict[str, nn.Module | None], through: bool = False
-    ):  # fmt: skip
+    def __init__(self, run: Run, linears: dict[str, nn.Module], names: Sequence[str], adding: dict[str, nn.Module | None]):
         self.rows: dict[str, Tensor] = {}
         self.streams: dict[str, Tensor] = {}
-        self.output: Tensor | None = None
         outputs: dict[str, Tensor] = {}
         reached: set[str] = set()
 
@@ -153,7 +149,7 @@ class Seen:
                 enough()
 
         def enough() -> None:
-            if not through and len(self.rows) == len(names) and len(self.streams) == len(adding):
+            if len(self.rows) == len(names) and len(self.streams) == len(adding):
                 raise Enough
 
         with torch.no_grad(), watching(linears, names, see), ExitStack() as stack, suppress(Enough):
@@ -162,10 +158,10 @@ class Seen:
                 stack.enter_context(hooked(keep))
                 if junction is not None:
                     stack.enter_context(inputs_of([junction], lambda module, x, name=name: join(name, x)))
-            self.output = run()
+            returned = run()
             for name, junction in adding.items():
                 if junction is None:
-                    join(name, self.output)
+                    join(name, returned)
 
 
 See = Callable[[Sequence[str], "dict[str, nn.Module | None]"], Seen]

@@ -3,9 +3,11 @@
 from cloq.linears import is_conv1d, is_linear, linear_shape, set_weight
 from cloq.models.checkpoint import Checkpoint, TensorSource
 from cloq.models.decoder import Batch, Decoder
+from cloq.models.forwards import Forwards, Room
+from cloq.models.kinds import Kind, Kinds
 from cloq.models.locate import cache_folder, locate
 from cloq.models.quiet import quiet_libraries
-from cloq.models.reference import Reference
+from cloq.models.reference import Reference, hooks_on
 from cloq.models.sample import sample_text
 from cloq.models.skeleton import load_config, load_tokenizer, max_positions
 
@@ -13,9 +15,14 @@ __all__ = [
     "Batch",
     "Checkpoint",
     "Decoder",
+    "Forwards",
+    "Kind",
+    "Kinds",
     "Reference",
+    "Room",
     "TensorSource",
     "cache_folder",
+    "hooks_on",
     "is_conv1d",
     "is_linear",
     "linear_shape",

@@ -12,8 +12,9 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from cloq.memory import spare_memory
 from cloq.models import Decoder, linear_shape
-from cloq.plan import algebra, storage
+from cloq.plan import algebra, rounds, storage
 from cloq.plan.forward import BlockForward, block_forwards
 from cloq.plan.work import Machine, Work, measure
 from cloq.report import wording
@@ -106,8 +107,9 @@ class Plan:
         ]
 
 
-def plan(spec: RunSpec, decoder: Decoder, machine: Machine | None = None) -> Plan:
-    """Plans a run on a model that is open. machine: measured here if not given.
+def plan(spec: RunSpec, decoder: Decoder, machine: Machine | None = None, spare: int | None = None) -> Plan:
+    """Plans a run on a model that is open. machine: measured here if not given. spare: bytes for what would else be computed again; what
+    a run would take here if not given.
 
     Raises what `layers.plan_layers` raises: patterns that name nothing, nothing left to quantize, experts that cannot be taken apart.
     """
@@ -121,6 +123,8 @@ def plan(spec: RunSpec, decoder: Decoder, machine: Machine | None = None) -> Pla
     notes += _clipped(chosen, shapes)
     if spec.calib.source.startswith("self"):
         notes.append("the time to sample the calibration text from the model comes on top")
+    needed = storage.kept(spec, decoder, chosen, forwards)
+    spare = min(needed, spare_memory(decoder.device) if spare is None else spare)
     sizes = storage.Sizes.of(spec, decoder, chosen, shapes)
     return Plan(
         model=spec.model,
@@ -132,9 +136,9 @@ def plan(spec: RunSpec, decoder: Decoder, machine: Machine | None = None) -> Pla
         quantized=sum(math.prod(shapes[name]) for name in chosen),
         tokens=spec.calib.samples * spec.calib.seq_len,
         heldout=spec.calib.heldout_samples * spec.calib.seq_len,
-        work=_phases(spec, decoder, chosen, shapes, forwards, sizes),
+        work=_phases(spec, decoder, chosen, shapes, forwards, sizes, spare / needed if needed else 0.0),
         machine=machine or measure(decoder.device),
-        memory=storage.peak_memory(spec, decoder, chosen, shapes, forwards, sizes),
+        memory=storage.peak_memory(spec, decoder, chosen, shapes, forwards, sizes, spare),
         disk=sizes.written(),
         original=sizes.original,
         bits=sizes.bits,
@@ -150,9 +154,9 @@ def _clipped(chosen: dict[str, LayerSpec], shapes: dict[str, storage.Shape]) -> 
 
 def _phases(
     spec: RunSpec, decoder: Decoder, chosen: dict[str, LayerSpec], shapes: dict[str, storage.Shape], forwards: list[BlockForward],
-    sizes: storage.Sizes,
+    sizes: storage.Sizes, kept: float,
 ) -> dict[str, Work]:  # fmt: skip
-    """Work by phase as `pipeline.quantize_blocks` goes through them."""
+    """Work by phase as `pipeline.quantize_blocks` goes through them. kept: the share of what can be kept that there is memory for."""
     calib = spec.calib
     sequences, tokens = calib.samples + calib.heldout_samples, (calib.samples + calib.heldout_samples) * calib.seq_len
     beside = spec.corrects  # the original model's own activations, which only the calibration tokens have
@@ -162,29 +166,31 @@ def _phases(
     for index, forward in enumerate(forwards):
         prefix = decoder.block_name(index) + "."
         group_of = {prefix + name: group for group in forward.groups for name in group.names}
-        chosen_groups = [[prefix + name for name in group.names if prefix + name in chosen] for group in forward.groups]
-        one_by_one = spec.sequential and spec.propagate != "dense"
-        seen_at_once = beside and storage.kept_inputs(spec, decoder, [names for names in chosen_groups if names], shapes) > 0
-        if seen_at_once:
-            phases["capture"] += calib.samples * forward.whole
-        again = beside and not seen_at_once
-        for together in decoder.rounds([names for names in chosen_groups if names], one_by_one):
-            phases["capture"] += (sequences + again * calib.samples) * group_of[together[-1][0]].before
-            for names in together:
-                phases["capture"] += algebra.gram(shapes[names[0]][1], sequences * group_of[names[0]].tokens)
-                drifts = beside and not decoder.expert_layers.keys() & set(names)
-                if drifts:
-                    phases["capture"] += algebra.drift(shapes[names[0]][1], calib.samples * group_of[names[0]].tokens)
-                    phases["solve"] += algebra.damped_cholesky(shapes[names[0]][1])
-                for name in names:
-                    layer, rank = chosen[name], min(chosen[name].rank, *shapes[name])
-                    given = spec.quantized is not None
-                    phases["solve"] += algebra.solve(shapes[name], layer.quant, spec.lora, rank, calib.heldout_samples > 0, given)
-                    phases["solve"] += algebra.corrected(shapes[name]) if drifts else Work()
-                    phases["apply"] += algebra.apply(shapes[name], rank) if spec.propagate != "dense" else Work()
+        groups = [names for group in forward.groups if (names := [prefix + name for name in group.names if prefix + name in chosen])]
+        together = decoder.rounds(groups, spec.sequential and spec.propagate != "dense")
+        asked = [[name.removeprefix(prefix) for names in groups for name in names] for groups in together]
+        for parts, share in ((True, kept), (False, 1 - kept)):
+            for original, to_sums, times in (
+                (False, beside, calib.samples), (False, False, calib.heldout_samples), (True, True, beside * calib.samples),
+            ):  # fmt: skip
+                possible = storage.parts_kept(spec, forward, prefix, chosen, original) if parts else ()
+                captured, onwards = rounds.forwards(forward, asked, possible, original or spec.propagate == "dense", to_sums)
+                phases["capture"] += share * times * captured
+                if index < last:
+                    phases["propagate"] += share * times * onwards
+        for names in (names for groups in together for names in groups):
+            phases["capture"] += algebra.gram(shapes[names[0]][1], sequences * group_of[names[0]].tokens)
+            drifts = beside and not decoder.expert_layers.keys() & set(names)
+            if drifts:
+                phases["capture"] += algebra.drift(shapes[names[0]][1], calib.samples * group_of[names[0]].tokens)
+                phases["solve"] += algebra.damped_cholesky(shapes[names[0]][1])
+            for name in names:
+                layer, rank = chosen[name], min(chosen[name].rank, *shapes[name])
+                given = spec.quantized is not None
+                phases["solve"] += algebra.solve(shapes[name], layer.quant, spec.lora, rank, calib.heldout_samples > 0, given)
+                phases["solve"] += algebra.corrected(shapes[name]) if drifts else Work()
+                phases["apply"] += algebra.apply(shapes[name], rank) if spec.propagate != "dense" else Work()
         phases["load"] += Work(disk=sizes.element * decoder.block_parameters(index), streamed=6.0 * decoder.block_parameters(index))
-        if index < last:
-            phases["propagate"] += (sequences + again * calib.samples) * forward.whole
     phases["store"] = Work(disk=sizes.store)
     phases["export"] = Work(disk=sizes.original + sizes.store + sizes.base + sizes.adapter)
     return phases

@@ -11,7 +11,9 @@ import copy
 import functools
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,13 +41,27 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A part of a block that ends in a layer (see `cloq.calibration.parts_that_end_in`). layers: all in it, `last` the one. entered, left:
+    the work of a forward up to there. ending: the work of the last layer. kept: bytes of its input and of its output."""
+
+    last: str
+    layers: frozenset[str]
+    entered: Work
+    left: Work
+    ending: Work
+    kept: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class BlockForward:
     """One forward of one sequence. groups: in the order in which it reaches them. whole: its work. largest: bytes of the largest
-    tensor that it makes."""
+    tensor that it makes. parts: that end in a layer."""
 
     groups: tuple[Group, ...]
     whole: Work
     largest: int
+    parts: tuple[Part, ...] = ()
 
 
 def block_forwards(decoder: Decoder, length: int) -> tuple[list[BlockForward], str | None]:
@@ -87,8 +103,9 @@ def _traced(decoder: Decoder, length: int) -> list[BlockForward]:
     with fake:
         _without_values(model)
         for index, (block, key) in enumerate(zip(blocks, keys, strict=True)):
-            linears = {n.removeprefix(decoder.block_name(index) + "."): None for n in decoder.linears(index)}
-            block.forward = _recorded(block, key, list(linears), counter, known, outputs)
+            prefix = decoder.block_name(index) + "."
+            linears = {name.removeprefix(prefix): name in decoder.expert_layers for name in decoder.linears(index)}
+            block.forward = _recorded(block, key, linears, counter, known, outputs)
         with _AttentionByFormula(counter), counter:
             model(input_ids=torch.zeros(1, length, dtype=torch.int64), use_cache=False)
     return [known[key] for key in keys]
@@ -114,8 +131,8 @@ def _without_values(model: nn.Module) -> None:
                 module._buffers[name] = torch.empty(b.shape, dtype=b.dtype)
 
 
-def _recorded(block: nn.Module, key: tuple, linears: list[str], counter: _Counter, known: dict, outputs: dict) -> Callable:
-    """The block's forward that counts the first block of its kind and stands in for the others."""
+def _recorded(block: nn.Module, key: tuple, linears: dict[str, bool], counter: _Counter, known: dict, outputs: dict) -> Callable:
+    """The block's forward that counts the first block of its kind and stands in for the others. linears: layers → whether an expert's."""
     original = block.forward
 
     def forward(*args, **kwargs):
@@ -136,19 +153,60 @@ def _recorded(block: nn.Module, key: tuple, linears: list[str], counter: _Counte
             inputs.append((same, [name], counter.work, x.shape[:-1].numel()))
 
         hooks = [block.get_submodule(name).register_forward_pre_hook(lambda m, a, name=name: reached(m, a, name)) for name in linears]
+        spans = _Spans(block, [name for name, of_expert in linears.items() if not of_expert], counter)
         counter.work, counter.largest = Work(), 0
-        output = original(*args, **kwargs)
+        with spans:
+            output = original(*args, **kwargs)
         for hook in hooks:
             hook.remove()
         groups = [Group(tuple(names), before, tokens) for _, names, before, tokens in inputs]
         found = {name for group in groups for name in group.names}
         groups += [Group((name,), counter.work, 0) for name in linears if name not in found]
-        known[key] = BlockForward(tuple(groups), counter.work, counter.largest)
+        known[key] = BlockForward(tuple(groups), counter.work, counter.largest, spans.parts())
         rest = output[1:] if isinstance(output, tuple) else None
         outputs[key] = (lambda h: h) if rest is None else (lambda h: (h, *rest))
         return output
 
     return forward
+
+
+class _Spans(ExitStack):
+    """From where to where in a forward's work the layers of a block run, and the modules around them; and which return the same tensor."""
+
+    def __init__(self, block: nn.Module, linears: list[str], counter: _Counter):
+        super().__init__()
+        self._linears = linears
+        self._names = [name for name, _ in block.named_modules() if name and any(f"{layer}.".startswith(f"{name}.") for layer in linears)]
+        self._found: dict[str, list[tuple[Work, Work, int, Any]]] = {}
+        entered: dict[str, Work] = {}
+
+        def enter(module: nn.Module, args: tuple, name: str) -> None:
+            entered[name] = counter.work
+
+        def leave(module: nn.Module, args: tuple, returned: Any, name: str) -> None:
+            read = _bytes(args[0]) if args and isinstance(args[0], Tensor) else 0
+            first = returned[0] if isinstance(returned, (tuple, list)) else returned
+            self._found.setdefault(name, []).append((entered[name], counter.work, read, first))
+
+        for name in self._names:
+            module = block.get_submodule(name)
+            for hook in (
+                module.register_forward_pre_hook(lambda m, a, name=name: enter(m, a, name)),
+                module.register_forward_hook(lambda m, a, y, name=name: leave(m, a, y, name)),
+            ):
+                self.callback(hook.remove)
+
+    def parts(self) -> tuple[Part, ...]:
+        found = {}
+        for layer in self._linears:
+            for name in self._names:  # from the outside in
+                if layer.startswith(name + ".") and len(self._found.get(name, ())) == len(self._found.get(layer, ())) == 1:
+                    ((entered, left, _, returned),), ((started, ended, read, output),) = self._found[name], self._found[layer]
+                    if returned is output:
+                        inside = frozenset(other for other in self._linears if other.startswith(name + "."))
+                        found[name] = Part(layer, inside, entered, left, ended - started, (read, _bytes(output)))
+                        break
+        return tuple(found.values())
 
 
 class _Counter(TorchDispatchMode):

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from cloq.export.folder import SHARD_BYTES
 from cloq.models import Decoder
-from cloq.models.reference import fits
-from cloq.plan.forward import BlockForward
+from cloq.plan.forward import BlockForward, Part
+from cloq.plan.rounds import kept_bytes
 from cloq.report.record import STORED_ADAPTER_BITS
 from cloq.specs import LayerSpec, QuantSpec, RunSpec
 
@@ -83,9 +83,10 @@ def width(decoder: Decoder) -> int:
 
 def peak_memory(
     spec: RunSpec, decoder: Decoder, chosen: dict[str, LayerSpec], shapes: dict[str, Shape], forwards: list[BlockForward],
-    sizes: Sizes,
+    sizes: Sizes, spare: float,
 ) -> dict[str, int]:  # fmt: skip
     """The fullest of three moments, by what holds the bytes: the way in, a block being solved, the result being exported.
+    spare: bytes of what is kept of a block.
 
     Pages of the checkpoint that the system keeps because nothing else needs the room are not counted.
     """
@@ -93,25 +94,24 @@ def peak_memory(
     streams = calib.samples * (2 if spec.corrects else 1) + calib.heldout_samples
     activations = 4.0 * streams * calib.seq_len * width(decoder)
     entering = {"activations": activations, "embeddings": 4.0 * sizes.outer / sizes.element}
-    solving = {"activations": activations} | _solving(spec, decoder, chosen, shapes, forwards)
+    solving = {"activations": activations} | _solving(spec, decoder, chosen, shapes, forwards, spare)
     exporting = {"a shard being written": 2.0 * max(min(sizes.base, SHARD_BYTES), sizes.adapter)}
     fullest = max((entering, solving, exporting), key=lambda parts: sum(parts.values()))
     return {"process": int(PROCESS)} | {name: int(value) for name, value in fullest.items()}
 
 
 def _solving(
-    spec: RunSpec, decoder: Decoder, chosen: dict[str, LayerSpec], shapes: dict[str, Shape], forwards: list[BlockForward]
+    spec: RunSpec, decoder: Decoder, chosen: dict[str, LayerSpec], shapes: dict[str, Shape], forwards: list[BlockForward], spare: float,
 ) -> dict[str, float]:  # fmt: skip
     def matrices(name: str) -> int:
         """Sums over the calibration tokens, over the held-out ones, and of the drift, which experts have none of."""
         return 1 + (spec.calib.heldout_samples > 0) + (spec.corrects and name not in decoder.expert_layers)
 
-    grams, kept = [], [0.0]
+    grams = []
     for index, forward in enumerate(forwards):
         prefix = decoder.block_name(index) + "."
         groups = [[prefix + name for name in group.names if prefix + name in chosen] for group in forward.groups]
         groups = [names for names in groups if names]
-        kept.append(kept_inputs(spec, decoder, groups, shapes))
         rounds = decoder.rounds(groups, one_by_one=spec.sequential and spec.propagate != "dense")
         grams.append(
             max((sum(matrices(names[0]) * 4.0 * shapes[names[0]][1] ** 2 for names in together) for together in rounds), default=0.0)
@@ -121,16 +121,30 @@ def _solving(
     return {
         "a block": (2 if spec.corrects else 1) * 4.0 * max(decoder.block_parameters(index) for index in range(len(decoder.blocks))),
         "Gram matrices": max(grams),
-        "a block's inputs": max(kept),
+        "kept in a block": spare,
         "at work": max(running, *(_solving_layer(shapes[name]) for name in chosen)),
     }
 
 
-def kept_inputs(spec: RunSpec, decoder: Decoder, groups: list[list[str]], shapes: dict[str, Shape]) -> float:
-    """Bytes of a block's inputs in the original model that are kept instead of computed for every round; 0 where that is too much."""
-    widths = [shapes[names[0]][1] for names in groups if names[0] not in decoder.expert_layers]
-    tokens = spec.calib.samples * spec.calib.seq_len
-    return 4.0 * tokens * sum(widths) if spec.corrects and widths and fits(tokens, widths) else 0.0
+def parts_kept(
+    spec: RunSpec, forward: BlockForward, prefix: str, chosen: dict[str, LayerSpec], original: bool
+) -> tuple[Part, ...]:  # fmt: skip
+    """The parts of a block that the original model, or the one being compressed, does not run again."""
+    if original or spec.propagate == "dense":
+        return forward.parts
+    return tuple(part for part in forward.parts if prefix + part.last in chosen) if spec.sequential else ()
+
+
+def kept(spec: RunSpec, decoder: Decoder, chosen: dict[str, LayerSpec], forwards: list[BlockForward]) -> float:
+    """Bytes that the parts of the largest block take which are not run again, if there is room for all."""
+    most, calib = 0.0, spec.calib
+    for index, forward in enumerate(forwards):
+        prefix = decoder.block_name(index) + "."
+        own = (calib.samples + calib.heldout_samples) * kept_bytes(
+            parts_kept(spec, forward, prefix, chosen, original=False), spec.propagate == "dense"
+        )
+        most = max(most, own + spec.corrects * calib.samples * kept_bytes(forward.parts, original=True))
+    return most
 
 
 def _solving_layer(shape: Shape) -> float:

@@ -30,6 +30,9 @@ class Work:
     def __add__(self, other: Work) -> Work:
         return Work(**{name: value + getattr(other, name) for name, value in asdict(self).items()})
 
+    def __sub__(self, other: Work) -> Work:
+        return self + -1.0 * other
+
     def __mul__(self, times: float) -> Work:
         return Work(**{name: value * times for name, value in asdict(self).items()})
 

@@ -6,15 +6,16 @@ import pytest
 import torch
 
 from cloq.calibration import shared_inputs
-from cloq.models import Decoder, linear_shape
+from cloq.models import Decoder, Kinds, linear_shape
 from cloq.plan import forward as module
 from cloq.plan.forward import block_forwards
 from tests.tiny import save_tiny
 
 LENGTH = 16
+FAMILIES = ("llama-tied", "gemma2", "phi3", "gpt2", "gpt_neox", "opt", "falcon", "cohere")
 
 
-@pytest.mark.parametrize("family", ["llama-tied", "gemma2", "phi3", "gpt2", "gpt_neox", "opt", "falcon", "cohere"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_groups_are_those_that_the_pipeline_finds(family, tmp_path):
     decoder = Decoder(save_tiny(family, tmp_path))
     forwards, note = block_forwards(decoder, LENGTH)
@@ -24,6 +25,16 @@ def test_groups_are_those_that_the_pipeline_finds(family, tmp_path):
     found = shared_inputs(lambda: decoder.run_block(0, batch), decoder.linears(0))
     prefix = decoder.block_name(0) + "."
     assert [[prefix + name for name in group.names] for group in forwards[0].groups] == found
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "bloom", "mixtral", "gemma4-shared"])
+def test_parts_are_those_that_a_run_finds(family, tmp_path):
+    decoder = Decoder(save_tiny(family, tmp_path))
+    forwards, note = block_forwards(decoder, LENGTH)
+    batches, kinds = decoder.enter(torch.arange(LENGTH)[None], LENGTH), Kinds(decoder)
+    decoder.load_block(0)
+    assert note is None and {part.last for part in forwards[0].parts} == {end.layer for end in kinds.of(0, batches).ends.values()}
+    assert all(0 < part.ending.products < (part.left - part.entered).products for part in forwards[0].parts)
 
 
 def _products(decoder: Decoder, *names: str) -> float:

@@ -11,7 +11,7 @@ from cloq.export import FORMATS, write_adapter, write_model
 from cloq.models import Decoder
 from cloq.plan import plan, rough, time_range
 from cloq.plan.storage import quantized_bits
-from cloq.plan.work import Machine
+from cloq.plan.work import Machine, Work
 from cloq.quantizers import from_spec
 from cloq.specs import QuantSpec, run_spec
 from cloq.store import Store
@@ -27,8 +27,8 @@ def decoder(tmp_path_factory):
     return Decoder(save_tiny("llama-tied", tmp_path_factory.mktemp("llama")))
 
 
-def _plan(decoder, **settings):
-    return plan(run_spec(model=str(decoder.folder), **(SMALL | settings)), decoder, MACHINE)
+def _plan(decoder, spare=0, **settings):
+    return plan(run_spec(model=str(decoder.folder), **(SMALL | settings)), decoder, MACHINE, spare)
 
 
 def test_what_is_planned_is_what_a_run_does(decoder, tmp_path):
@@ -99,17 +99,60 @@ def test_one_forward_for_a_block_is_less_than_one_for_each_group(decoder):
     assert dense.work["capture"] == together.work["capture"] and dense.seconds["apply"] == 0 < sequential.seconds["apply"]
 
 
-def test_what_the_correction_costs_is_counted(decoder, monkeypatch):
-    without, kept = _plan(decoder, correction=0.0), _plan(decoder, correction=0.5)
-    monkeypatch.setattr("cloq.models.reference.KEPT_BYTES", 0)
-    assert without == _plan(decoder, correction=0.0)
-    again = _plan(decoder, correction=0.5)
-    capture, propagate = ([made.work[phase].products for made in (without, kept, again)] for phase in ("capture", "propagate"))
-    assert capture[0] < capture[1] < capture[2] and propagate[0] == propagate[1] < propagate[2]
-    for phase in ("embed", "solve"):
-        assert sum(vars(kept.work[phase]).values()) > sum(vars(without.work[phase]).values())
-    assert kept.memory["a block's inputs"] > 0 == again.memory["a block's inputs"]
-    assert sum(again.memory.values()) > sum(without.memory.values()) and kept.work["export"] == without.work["export"]
+def test_what_the_correction_costs_is_counted(decoder):
+    without, with_it = _plan(decoder, correction=0.0), _plan(decoder, correction=0.5)
+    for phase in ("embed", "capture", "solve", "propagate"):
+        assert sum(vars(with_it.work[phase]).values()) > sum(vars(without.work[phase]).values())
+    assert sum(with_it.memory.values()) > sum(without.memory.values()) and with_it.work["export"] == without.work["export"]
+
+
+def test_what_there_is_room_for_is_not_computed_again(decoder):
+    needed = _plan(decoder, spare=1 << 40).memory["kept in a block"]
+    plans = [_plan(decoder, spare=share * needed) for share in (0, 0.5, 1, 2)]
+    assert [made.memory["kept in a block"] for made in plans] == [0, needed // 2, needed, needed]
+    capture, propagate = ([made.work[phase].products for made in plans] for phase in ("capture", "propagate"))
+    assert capture[0] > capture[1] > capture[2] == capture[3] and propagate[0] > propagate[1] > propagate[2]
+    assert capture[1] == pytest.approx((capture[0] + capture[2]) / 2) and plans[0].work["solve"] == plans[2].work["solve"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"correction": 0.0}, {"sequential": False}, {"propagate": "dense"}, {"skip": "o_proj"}, {"correction": 0.0, "sequential": False}],
+    ids=str,
+)
+@pytest.mark.parametrize("spare", [0, 1 << 40])
+def test_the_forwards_of_a_run_are_those_of_its_plan(settings, spare, tmp_path, monkeypatch):
+    """Products of weights and activations, counted in every layer that a run calls, against the plan's."""
+    done = []
+
+    def uncounted(look):
+        def looked(*args):
+            before = len(done)
+            found = look(*args)
+            del done[before:]
+            return found
+
+        return looked
+
+    decoder = Decoder(save_tiny("llama-tied", tmp_path / "model"))
+    decoder.check_streamable()
+    for index in range(len(decoder.blocks)):
+        for module in decoder.linears(index).values():
+            module.register_forward_hook(lambda m, x, y: done.append(2.0 * y.numel() * m.in_features))
+    monkeypatch.setattr(pipeline, "spare_memory", lambda device: spare)
+    monkeypatch.setattr(pipeline.Kinds, "of", uncounted(pipeline.Kinds.of))
+    monkeypatch.setattr(pipeline, "shared_inputs", uncounted(pipeline.shared_inputs))
+    spec = run_spec(model=str(decoder.folder), **(SMALL | settings))
+    tokens = torch.randint(0, 250, (9, 16), generator=torch.Generator().manual_seed(0))
+    store = Store(tmp_path / "out")
+    with store.lock():
+        pipeline.quantize_blocks(spec, decoder, CalibrationTokens(tokens[:6], tokens[6:]), store, lambda *event: None)
+    run = sum(done)
+    monkeypatch.setattr("cloq.plan.forward._ATTENTION", 0.0)
+    for sums in ("gram", "drift"):
+        monkeypatch.setattr(f"cloq.plan.algebra.{sums}", lambda *shape: Work())
+    planned = _plan(decoder, spare, **settings).work
+    assert run == pytest.approx(planned["capture"].products + planned["propagate"].products, rel=0.01)
 
 
 def test_layers_that_are_left_out_cost_nothing(decoder):
