@@ -49,7 +49,19 @@ def same(one, other) -> bool:
         *(("llama", settings) for settings in SETTINGS),
         *(
             (family, {})
-            for family in ("gpt2", "phi3", "gpt_neox", "falcon", "opt", "bloom", "gemma2", "gemma4-shared", "mixtral", "deepseek_v3")
+            for family in (
+                "gpt2",
+                "phi3",
+                "gpt_neox",
+                "falcon",
+                "opt",
+                "bloom",
+                "gemma2",
+                "gemma4-shared",
+                "mixtral",
+                "deepseek_v3",
+                "mamba",
+            )
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(f"{k}={v}" for k, v in value.items()) or "defaults",

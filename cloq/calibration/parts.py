@@ -33,7 +33,8 @@ def parts_that_end_in(run: Callable[[], Tensor], block: nn.Module, layers: Itera
     """The largest part of a block around each of its layers, if there is one, that returns exactly what the layer returns.
 
     run: one forward of the block. What such a part computes is known once its last layer's input is: `ends_in` puts that in the part's
-    place, and here it is tried whether the block then returns the same. A part or a layer that runs twice is none.
+    place, and here it is tried whether the block then returns the same. A part or a layer that runs twice is none, and a block has
+    none if its forward does not call all of the layers: where the weight of one matters that is not called (Mamba's) cannot be seen.
     """
     names = {name: module for name, module in block.named_modules() if name}
     outputs: dict[nn.Module, list[Any]] = {}
@@ -49,6 +50,8 @@ def parts_that_end_in(run: Callable[[], Tensor], block: nn.Module, layers: Itera
         for module in {names[name] for layer, parts in around.items() for name in (layer, *parts)}:
             stack.enter_context(hooked(module.register_forward_hook(keep)))
         returned = run()
+    if not all(names[layer] in outputs for layer in around):
+        return {}
     found: Ends = {}
     for layer, parts in around.items():
         if len(mine := outputs.get(names[layer], [])) == 1 and names[layer] in inputs:

@@ -198,6 +198,8 @@ class _Spans(ExitStack):
 
     def parts(self) -> tuple[Part, ...]:
         found = {}
+        if not all(layer in self._found for layer in self._linears):
+            return ()
         for layer in self._linears:
             for name in self._names:  # from the outside in
                 if layer.startswith(name + ".") and len(self._found.get(name, ())) == len(self._found.get(layer, ())) == 1:

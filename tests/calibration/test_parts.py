@@ -86,6 +86,7 @@ def test_a_part_that_leaves_something_behind_is_tried_and_dropped():
         ("opt", {"self_attn": "self_attn.out_proj"}),
         ("gpt_neox", {"attention": "attention.dense", "mlp": "mlp.dense_4h_to_h"}),
         ("falcon", {"self_attention": "self_attention.dense", "mlp": "mlp.dense_4h_to_h"}),
+        ("mamba", {}),  # uses a weight without calling its layer
         ("bloom", {}),  # adds the residual inside
         ("gemma2", {"self_attn": "self_attn.o_proj", "mlp": "mlp.down_proj"}),
     ],

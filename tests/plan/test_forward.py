@@ -27,7 +27,7 @@ def test_groups_are_those_that_the_pipeline_finds(family, tmp_path):
     assert [[prefix + name for name in group.names] for group in forwards[0].groups] == found
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "bloom", "mixtral", "gemma4-shared"])
+@pytest.mark.parametrize("family", [*FAMILIES, "bloom", "mamba", "mixtral", "gemma4-shared"])
 def test_parts_are_those_that_a_run_finds(family, tmp_path):
     decoder = Decoder(save_tiny(family, tmp_path))
     forwards, note = block_forwards(decoder, LENGTH)
