@@ -20,8 +20,11 @@ def paired():
 
 
 def drift_of(paired, stream=True):
-    true, inputs, true_stream, its_stream, _ = paired
-    return Drift(((true - inputs).T @ inputs).float(), ((true_stream - its_stream).T @ inputs).float() if stream else None)
+    true, inputs, true_stream, its_stream, weight = paired
+    if not stream:
+        return Drift(((true - inputs).T @ inputs).float())
+    sums = (true_stream + true @ weight.double().T) - (its_stream + inputs @ weight.double().T)
+    return Drift(sums=(sums.T @ inputs).float())
 
 
 def statistics(inputs):
@@ -62,7 +65,8 @@ def test_what_is_quantized_for_the_target_is_quantized_for_the_outputs(paired, m
 
 def test_no_drift_and_no_share_change_nothing(paired):
     _, inputs, _, _, weight = paired
-    assert torch.equal(corrected(weight, statistics(inputs), Drift(torch.zeros(IN, IN), torch.zeros(OUT, IN)), 1.0), weight)
+    assert torch.equal(corrected(weight, statistics(inputs), Drift(torch.zeros(IN, IN)), 1.0), weight)
+    assert torch.equal(corrected(weight, statistics(inputs), Drift(sums=torch.zeros(OUT, IN)), 1.0), weight)
     assert torch.equal(corrected(weight, statistics(inputs), drift_of(paired), 0.0), weight)
 
 

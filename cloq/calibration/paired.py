@@ -87,26 +87,28 @@ def paired_statistics(
 
     pairs: for every micro-batch the compressed block's forward, and what is `Seen` in the original's of layers and sums (or of more).
     groups: layers that share an input. joined: those whose output is added to a stream → the module that is given the sum, `None` for the
-    block's output; see `junctions`. apart: layers that are not given the same tokens in both (experts); they have no drift.
+    block's output; see `junctions`. In the groups they must have their original weight still. apart: layers that are not given the same
+    tokens in both (experts); they have no drift.
     """
     names, together = [group[0] for group in groups], [group for group in groups if group[0] not in apart]
     adding, first_of = adding_layers(together, joined), {name: group[0] for group in together for name in group}
     sums = GramSums(linears, names)
     drifts = {}
     for group in together:
-        inputs = _zeros(linears[group[0]], 1, 1)
-        drifts |= {name: Drift(inputs, _zeros(linears[name], 0, 1) if name in adding else None) for name in group}
+        inputs = _zeros(linears[group[0]], 1, 1) if any(name not in adding for name in group) else None
+        drifts |= {name: Drift(sums=_zeros(linears[name], 0, 1)) if name in adding else Drift(inputs) for name in group}
+    drifting = {group[0]: drifts[name].inputs for group in together for name in group if name not in adding}
     for run, original in pairs:
         true, seen = original([group[0] for group in together], adding), Seen(run, linears, names, adding)
         for name, rows in seen.rows.items():
             sums.add(name, rows)
-            if name in drifts and name in true.rows:
-                _add(drifts[name].inputs, true.rows[name] - rows, rows)
+            if name in drifting and name in true.rows:
+                _add(drifting[name], true.rows[name] - rows, rows)
         for name in adding:
-            _add(drifts[name].stream, true.streams[name] - seen.streams[name], seen.rows[first_of[name]])
+            _add(drifts[name].sums, true.sums[name] - seen.sums[name], seen.rows[first_of[name]])
     statistics = sums.statistics()
     for name, drift in drifts.items():
-        if not all(bool(torch.isfinite(total).all()) for total in (drift.inputs, drift.stream) if total is not None):
+        if not bool(torch.isfinite(drift.total).all()):
             raise ModelError(
                 f"the activations around {name} hold NaN, Inf or values beyond float32 on the calibration text; the model itself overflows"
             )
@@ -129,13 +131,13 @@ def _zeros(layer: nn.Module, *sides: int) -> Tensor:
 
 
 class Seen:
-    """One forward's inputs of the named layers, `rows[name] (tokens, in)`, and what the outputs of `adding` are added to,
-    `streams[name] (tokens, out)`; float32. The forward is stopped as soon as both are known."""
+    """One forward's inputs of the named layers, `rows[name] (tokens, in)`, and the sums that the outputs of `adding` are in,
+    `sums[name] (tokens, out)`; float32. The forward is stopped as soon as both are known."""
 
     def __init__(self, run: Run, linears: dict[str, nn.Module], names: Sequence[str], adding: dict[str, nn.Module | None]):
         self.rows: dict[str, Tensor] = {}
-        self.streams: dict[str, Tensor] = {}
-        outputs: dict[str, Tensor] = {}
+        self.sums: dict[str, Tensor] = {}
+        added: set[str] = set()
         reached: set[str] = set()
 
         def see(name: str, x: Tensor) -> None:
@@ -144,18 +146,17 @@ class Seen:
             enough()
 
         def join(name: str, total: Tensor) -> None:
-            if name in outputs and name not in self.streams:
-                self.streams[name] = _rows(total) - outputs.pop(name)
+            if name in added and name not in self.sums:
+                self.sums[name] = _rows(total)
                 enough()
 
         def enough() -> None:
-            if len(self.rows) == len(names) and len(self.streams) == len(adding):
+            if len(self.rows) == len(names) and len(self.sums) == len(adding):
                 raise Enough
 
         with torch.no_grad(), watching(linears, names, see), ExitStack() as stack, suppress(Enough):
             for name, junction in adding.items():
-                keep = linears[name].register_forward_hook(lambda m, a, y, name=name: outputs.update({name: _rows(y)}))
-                stack.enter_context(hooked(keep))
+                stack.enter_context(hooked(linears[name].register_forward_hook(lambda m, a, y, name=name: added.add(name))))
                 if junction is not None:
                     stack.enter_context(inputs_of([junction], lambda module, x, name=name: join(name, x)))
             returned = run()
@@ -165,7 +166,7 @@ class Seen:
 
 
 See = Callable[[Sequence[str], "dict[str, nn.Module | None]"], Seen]
-"""What is seen in a forward of the named layers' inputs, and of what the outputs of others are added to."""
+"""What is seen in a forward of the named layers' inputs, and of the sums that outputs of others are in."""
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -182,7 +182,9 @@ def _phases(
             phases["capture"] += algebra.gram(shapes[names[0]][1], sequences * group_of[names[0]].tokens)
             drifts = beside and not decoder.expert_layers.keys() & set(names)
             if drifts:
-                phases["capture"] += algebra.drift(shapes[names[0]][1], calib.samples * group_of[names[0]].tokens)
+                ends = {prefix + part.last for part in forward.parts}  # most are added to the residual stream, which takes less
+                rows = [shapes[names[0]][1] if not ends & set(names) else sum(shapes[name][0] for name in names)]
+                phases["capture"] += algebra.drift(*rows, shapes[names[0]][1], calib.samples * group_of[names[0]].tokens)
                 phases["solve"] += algebra.damped_cholesky(shapes[names[0]][1])
             for name in names:
                 layer, rank = chosen[name], min(chosen[name].rank, *shapes[name])

@@ -130,9 +130,9 @@ def gram(columns: int, tokens: int) -> Work:
     return Work(products=float(tokens) * columns * (columns + min(PANEL, columns)))
 
 
-def drift(columns: int, tokens: int) -> Work:
-    """`Σ (x° − x) xᵀ` over tokens, which is not symmetric."""
-    return Work(products=2.0 * tokens * columns**2, streamed=12.0 * tokens * columns)
+def drift(rows: int, columns: int, tokens: int) -> Work:
+    """`Σ (x° − x) xᵀ` over tokens, `(in, in)` and not symmetric; or `Σ (t° − t) xᵀ`, `(out, in)`; see `cloq.drift`."""
+    return Work(products=2.0 * tokens * rows * columns, streamed=4.0 * tokens * (2 * rows + columns))
 
 
 def damped_cholesky(columns: int) -> Work:

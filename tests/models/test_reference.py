@@ -54,8 +54,8 @@ def test_what_is_kept_is_what_would_be_seen(tmp_path):
             adding = {name: reference.joined[name]} if name in reference.joined else {}
             for position in range(2):
                 one, other = reference.seen(position, [name], adding), computing.seen(position, [name], adding)
-                assert torch.equal(one.rows[name], other.rows[name]) and one.streams.keys() == set(adding)
-                assert all(torch.equal(one.streams[n], other.streams[n]) for n in adding)
+                assert torch.equal(one.rows[name], other.rows[name]) and one.sums.keys() == set(adding)
+                assert all(torch.equal(one.sums[n], other.sums[n]) for n in adding)
         counts[reference] = len(attentions)
     assert counts[computing] == 12 and counts[keeping] == 6 + 2
     keeping.propagate(), computing.propagate()
