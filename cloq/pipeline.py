@@ -133,7 +133,7 @@ class _Loop:
         self.emit("start", {"blocks": total, "finished": done, "layers": sum(not layer.dense for layer in self.layers.values())})
         with clock("embed"):
             streams = self._entered(tokens)
-        kinds, spare = Kinds(decoder, self.processes.on_first), spare_memory(decoder.device)
+        kinds, spare = Kinds(decoder, self.spec.corrects, self.processes.on_first), spare_memory(decoder.device)
         for index in range(total):
             started = time.perf_counter()
             with clock("load"):

@@ -14,7 +14,8 @@ from cloq.models.decoder import Batch, Decoder
 
 @dataclass(frozen=True)
 class Kind:
-    """junctions: where outputs of layers are added to a stream. ends: the parts that end in a layer. By names inside the block."""
+    """junctions: where outputs of layers are added to a stream, if that was asked for. ends: the parts that end in a layer. By names inside
+    the block."""
 
     junctions: Junctions
     ends: Ends
@@ -26,10 +27,11 @@ class Kind:
 
 
 class Kinds:
-    """Looks at a block of every kind. by_one: of several processes, calls what it is given on one and has the value on all."""
+    """Looks at a block of every kind. sums: at its junctions too. by_one: of several processes, calls what it is given on one and has the
+    value on all."""
 
-    def __init__(self, decoder: Decoder, by_one: Callable[[Callable[[], Any]], Any] = lambda find: find()):
-        self._decoder, self._by_one = decoder, by_one
+    def __init__(self, decoder: Decoder, sums: bool = True, by_one: Callable[[Callable[[], Any]], Any] = lambda find: find()):
+        self._decoder, self._sums, self._by_one = decoder, sums, by_one
         self._known: dict[tuple, Kind] = {}
 
     def of(self, index: int, batches: list[Batch]) -> Kind:
@@ -46,4 +48,4 @@ class Kinds:
             return self._decoder.run_block(index, batch)
 
         block = self._decoder.blocks[index]
-        return Kind(junctions(run, block, layers), parts_that_end_in(run, block, layers))
+        return Kind(junctions(run, block, layers) if self._sums else {}, parts_that_end_in(run, block, layers))
