@@ -2,8 +2,8 @@
 
     python scripts/bench_gptqmodel.py MODEL --calib train.txt --eval test.txt --bits 2
 
-Prints perplexity (all bases read by the same reader, exactly as they decode), wall seconds from start of process to written folder, and
-peak resident memory of the process. GPTQModel gets the very token sequences that cloq draws.
+Prints perplexity (all bases read by the same reader, exactly as they decode), wall and processor seconds from start of process to written
+folder, and peak resident memory of the process. GPTQModel gets the very token sequences that cloq draws.
 """
 
 from __future__ import annotations
@@ -83,14 +83,16 @@ def quantize_with_cloq(args: argparse.Namespace, out: Path, **settings) -> None:
     )  # fmt: skip
 
 
-def in_child(name: str, out: Path) -> tuple[float, float]:
-    """Seconds and peak memory in MiB of one quantization in a fresh process."""
+def in_child(name: str, out: Path) -> dict[str, float]:
+    """Seconds and peak memory of one quantization in a fresh process."""
     began = time.perf_counter()
     command = [sys.executable, __file__, *sys.argv[1:], "--child", name, "--out", str(out)]
     process = subprocess.Popen(command, env=os.environ | ENVIRONMENT, stdout=sys.stderr)
-    if process.wait():
-        raise SystemExit(f"{name} failed with status {process.returncode}")
-    return time.perf_counter() - began, int((out / PEAK).read_text()) / 2**20
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{name} failed with status {status}")
+    spent = {"seconds": time.perf_counter() - began, "processor s": usage.ru_utime + usage.ru_stime}
+    return spent | {"peak MiB": int((out / PEAK).read_text()) / 2**20}
 
 
 def main() -> None:
@@ -127,9 +129,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         for number, name in enumerate(args.tools):
             out = Path(work) / str(number)
-            seconds, peak = in_child(name, out)
+            cost = in_child(name, out)
             decoder = QuantizedFolder(out / "model").decoder("cpu")
-            row = {"tool": name, "base perplexity": perplexity(decoder, tokens).value, "seconds": seconds, "peak MiB": peak}
+            row = {"tool": name, "base perplexity": perplexity(decoder, tokens).value, **cost}
             adapter = next(iter([*out.rglob("adapter_config.json")]), None)
             if adapter is not None and "base alone" not in name:
                 row["with adapter"] = perplexity(decoder, tokens, set_weights=AdapterFolder(adapter.parent).added_to(decoder)).value
