@@ -81,11 +81,16 @@ class Processes:
     def first(self) -> bool:
         return self.rank == 0
 
+    @property
+    def here(self) -> int:
+        """How many of them run on this machine."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.size)) if self.size > 1 else 1
+
     def device(self, name: str) -> str:
         """This process's own device of a kind: `cuda` → `cuda:1`. Raises `SpecError` where there is none for each process."""
         import torch
 
-        here, local = int(os.environ.get("LOCAL_WORLD_SIZE", self.size)), int(os.environ.get("LOCAL_RANK", self.rank))
+        here, local = self.here, int(os.environ.get("LOCAL_RANK", self.rank))
         if self.size == 1 or name == "cpu":
             return name
         if name != "cuda":

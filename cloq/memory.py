@@ -17,6 +17,9 @@ import torch
 
 from cloq.errors import RunError
 
+SPARE = 0.25
+"""Share of the memory that is free which a run may fill with what it would otherwise compute again."""
+
 _SAID_BY_ALLOCATORS = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory", "MPS backend out of memory")
 
 
@@ -31,13 +34,9 @@ def peak_resident() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-SPARE = 0.25
-"""Share of the memory that is free which a run may fill with what it would otherwise compute again."""
-
-
-def spare_memory(device: torch.device) -> int:
-    """Bytes on the device that may be filled with what can be computed again: a quarter of what is free; in a container, of what that may
-    still take. 1 GiB where the system does not say."""
+def spare_memory(device: torch.device, processes: int = 1) -> int:
+    """Bytes on the device that this process may fill with what can be computed again: a quarter of what is free; in a container, of what
+    that may still take; of host memory its part, where several processes share the machine. 1 GiB where the system does not say."""
     if device.type == "cuda":
         return int(SPARE * torch.cuda.mem_get_info(device)[0])
     try:
@@ -47,8 +46,8 @@ def spare_memory(device: torch.device) -> int:
         if limit.exists() and (allowed := limit.read_text().strip()) != "max":
             free = min(free, int(allowed) - int(used.read_text()))
     except (OSError, KeyError, ValueError, IndexError):
-        return 1 << 30
-    return max(0, int(SPARE * free))
+        return (1 << 30) // processes
+    return max(0, int(SPARE * free)) // processes
 
 
 def is_out_of_memory(error: BaseException) -> bool:

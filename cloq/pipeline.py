@@ -133,7 +133,7 @@ class _Loop:
         self.emit("start", {"blocks": total, "finished": done, "layers": sum(not layer.dense for layer in self.layers.values())})
         with clock("embed"):
             streams = self._entered(tokens)
-        kinds, spare = Kinds(decoder, self.spec.corrects, self.processes.on_first), spare_memory(decoder.device)
+        kinds, spare = Kinds(decoder, self.spec.corrects, self.processes.on_first), spare_memory(decoder.device, self.processes.here)
         for index in range(total):
             started = time.perf_counter()
             with clock("load"):
@@ -169,19 +169,15 @@ class _Loop:
 
     def _block(self, index: int, streams: _Streams, kind: Kind, room: Room) -> _Block:
         linears, prefix = self.decoder.linears(index), self.decoder.block_name(index) + "."
-        ends = {part: end for part, end in kind.ends.items() if self._one_by_one and not self.layers[prefix + end.layer].dense}
         if self.spec.propagate == "dense":
-            ends = kind.ends
-        final = linears if self.spec.propagate == "dense" else ()
+            ends, final = kind.ends, linears
+        else:
+            ordered = {part: end for part, end in kind.ends.items() if not self.layers[prefix + end.layer].dense}
+            ends, final = ordered if self.spec.one_by_one else {}, ()
         calibration, heldout = (Forwards(self.decoder, index, part, ends, room, final) for part in (streams.calibration, streams.heldout))
         if streams.reference:
             streams.reference.enter(index, linears, kind, room)
         return _Block(index, linears, calibration, heldout)
-
-    @property
-    def _one_by_one(self) -> bool:
-        """Whether layers are calibrated behind those before them in their block."""
-        return self.spec.sequential and self.spec.propagate != "dense"
 
     def _solve_block(self, block: _Block, reference: Reference | None) -> dict[str, LayerResult]:
         """One forward per round; later rounds see the layers of earlier ones already quantized."""
@@ -192,7 +188,7 @@ class _Loop:
         with self.clock("capture"):
             groups = processes.on_first(lambda: shared_inputs(lambda: block.calibration.run(0), wanted))
         results: dict[str, LayerResult] = {}
-        for together in decoder.rounds(groups, self._one_by_one):
+        for together in decoder.rounds(groups, self.spec.one_by_one):
             owner = shared_out(together, {name: linear_shape(linears[name]) for group in together for name in group}, processes.size)
             with self.clock("capture"):
                 stats, drifts = statistics(decoder, linears, together, block.calibration, processes, reference)

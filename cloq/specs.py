@@ -283,6 +283,11 @@ class RunSpec(Spec):
         """Whether the original model's activations go along, for later layers to make up for earlier ones."""
         return self.correction > 0 and self.propagate != "dense"
 
+    @property
+    def one_by_one(self) -> bool:
+        """Whether layers are calibrated behind those before them in their block."""
+        return self.sequential and self.propagate != "dense"
+
 
 @dataclass(frozen=True)
 class LayerSpec(Spec):

@@ -10,7 +10,7 @@ import torch
 from cloq import pipeline
 from cloq.api import run
 from cloq.errors import RunError
-from cloq.memory import in_smaller_batches, is_out_of_memory, peak_resident
+from cloq.memory import in_smaller_batches, is_out_of_memory, peak_resident, spare_memory
 from cloq.models import Decoder
 from cloq.specs import run_spec
 from cloq.store import Store
@@ -137,3 +137,8 @@ def test_a_child_does_not_inherit_its_parents_peak():
     code = "from cloq.memory import peak_resident; print(peak_resident())"
     child = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert 50 << 20 < child < peak_resident() - (100 << 20)
+
+
+def test_processes_on_one_machine_share_its_spare_memory():
+    alone, among_eight = (spare_memory(torch.device("cpu"), processes) for processes in (1, 8))
+    assert among_eight == pytest.approx(alone / 8, rel=0.2) and 0 < alone < 1 << 50

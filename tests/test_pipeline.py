@@ -15,7 +15,7 @@ SETTINGS = [{}, {"correction": 0.0}, {"sequential": False}, {"propagate": "dense
 
 
 def blocks(folder, out, spare, monkeypatch, events=None, **settings) -> list[bytes]:
-    monkeypatch.setattr(pipeline, "spare_memory", lambda device: spare)
+    monkeypatch.setattr(pipeline, "spare_memory", lambda *device: spare)
     spec = run_spec(model=str(folder), **(SMALL | settings))
     tokens = torch.randint(0, 250, (9, 16), generator=torch.Generator().manual_seed(0))
     store = Store(out)

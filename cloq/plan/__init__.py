@@ -167,7 +167,7 @@ def _phases(
         prefix = decoder.block_name(index) + "."
         group_of = {prefix + name: group for group in forward.groups for name in group.names}
         groups = [names for group in forward.groups if (names := [prefix + name for name in group.names if prefix + name in chosen])]
-        together = decoder.rounds(groups, spec.sequential and spec.propagate != "dense")
+        together = decoder.rounds(groups, spec.one_by_one)
         asked = [[name.removeprefix(prefix) for names in groups for name in names] for groups in together]
         for parts, share in ((True, kept), (False, 1 - kept)):
             for original, to_sums, times in (
@@ -183,8 +183,8 @@ def _phases(
             drifts = beside and not decoder.expert_layers.keys() & set(names)
             if drifts:
                 ends = {prefix + part.last for part in forward.parts}  # most are added to the residual stream, which takes less
-                rows = [shapes[names[0]][1] if not ends & set(names) else sum(shapes[name][0] for name in names)]
-                phases["capture"] += algebra.drift(*rows, shapes[names[0]][1], calib.samples * group_of[names[0]].tokens)
+                rows = sum(shapes[name][0] for name in names) if ends & set(names) else shapes[names[0]][1]
+                phases["capture"] += algebra.drift(rows, shapes[names[0]][1], calib.samples * group_of[names[0]].tokens)
                 phases["solve"] += algebra.damped_cholesky(shapes[names[0]][1])
             for name in names:
                 layer, rank = chosen[name], min(chosen[name].rank, *shapes[name])

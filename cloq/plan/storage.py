@@ -112,7 +112,7 @@ def _solving(
         prefix = decoder.block_name(index) + "."
         groups = [[prefix + name for name in group.names if prefix + name in chosen] for group in forward.groups]
         groups = [names for names in groups if names]
-        rounds = decoder.rounds(groups, one_by_one=spec.sequential and spec.propagate != "dense")
+        rounds = decoder.rounds(groups, spec.one_by_one)
         grams.append(
             max((sum(matrices(names[0]) * 4.0 * shapes[names[0]][1] ** 2 for names in together) for together in rounds), default=0.0)
         )
@@ -132,7 +132,7 @@ def parts_kept(
     """The parts of a block that the original model, or the one being compressed, does not run again."""
     if original or spec.propagate == "dense":
         return forward.parts
-    return tuple(part for part in forward.parts if prefix + part.last in chosen) if spec.sequential else ()
+    return tuple(part for part in forward.parts if prefix + part.last in chosen) if spec.one_by_one else ()
 
 
 def kept(spec: RunSpec, decoder: Decoder, chosen: dict[str, LayerSpec], forwards: list[BlockForward]) -> float:

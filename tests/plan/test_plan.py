@@ -139,7 +139,7 @@ def test_the_forwards_of_a_run_are_those_of_its_plan(settings, spare, tmp_path, 
     for index in range(len(decoder.blocks)):
         for module in decoder.linears(index).values():
             module.register_forward_hook(lambda m, x, y: done.append(2.0 * y.numel() * m.in_features))
-    monkeypatch.setattr(pipeline, "spare_memory", lambda device: spare)
+    monkeypatch.setattr(pipeline, "spare_memory", lambda *device: spare)
     monkeypatch.setattr(pipeline.Kinds, "of", uncounted(pipeline.Kinds.of))
     monkeypatch.setattr(pipeline, "shared_inputs", uncounted(pipeline.shared_inputs))
     spec = run_spec(model=str(decoder.folder), **(SMALL | settings))
