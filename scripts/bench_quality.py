@@ -25,7 +25,8 @@ seconds of training, a method's validation loss first is as low, linear in the l
 for all ranks and ways of propagation, since its codes know of neither. A method that a setting means nothing to has one cell for all its
 values.
 
-Bases are decoded once into float32 and trained so: the same function as the packed base up to the kernels' rounding, and faster on a CPU.
+Bases are decoded once into float32 and trained so, on a GPU where there is one: the same function as the packed base up to the kernels'
+rounding, and faster on a CPU. `--precision bf16` trains with products in bfloat16 (autocast), everybody alike; evaluation stays in float32.
 """
 
 from __future__ import annotations
@@ -83,7 +84,9 @@ class Bench:
         from quality.starts import trainable_model
         from quality.training import losses, train
 
-        model = trainable_model(protocol, self._starts.pair(cell.start), METHODS[cell.method].balanced)
+        from cloq.device import resolve_device
+
+        model = trainable_model(protocol, self._starts.pair(cell.start), METHODS[cell.method].balanced).to(resolve_device("auto"))
         before = self._before.get(cell.start.name, protocol)
         if before is None:
             before = {"losses": losses(model, self._texts), "tasks": answer_tasks(model, protocol, self._tasks)}

@@ -18,8 +18,9 @@ class Protocol:
     """Everything that decides a cell's result but for its width, method, learning rate and seed.
 
     calib: calibration text; the training text if not given. group_size: 0 is one group per output channel. propagate: of the runs that fit
-    factors to data, `None` for `adapter`; the base that all share is always calibrated through its own compressed prefix. tasks: answered
-    before and after training, on `task_rows` rows of each out of `task_data`.
+    factors to data, `None` for `adapter`; the base that all share is always calibrated through its own compressed prefix. precision: of the
+    products in training, `fp32` or `bf16` (autocast; factors, their optimizer and evaluation are float32 in both). tasks: answered before
+    and after training, on `task_rows` rows of each out of `task_data`.
     """
 
     model: str
@@ -42,6 +43,7 @@ class Protocol:
     calib_len: int = 512
     propagate: str | None = None
     sequential: bool = True
+    precision: str = "fp32"
     tasks: tuple[str, ...] = ()
     task_data: str | None = None
     task_rows: int = 200
@@ -56,6 +58,7 @@ class Protocol:
         silent = [] if self.tasks else ["tasks", "task_data", "task_rows"]
         silent += ["propagate"] if self.propagate is None else []
         silent += ["sequential"] if self.sequential else []
+        silent += ["precision"] if self.precision == "fp32" else []
         return {name: value for name, value in values.items() if name not in silent}
 
     def changed(self, changes: Changes) -> Protocol:
@@ -154,6 +157,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--calib-len")
     parser.add_argument("--propagate", type=_propagate, help="what factors are calibrated on: adapter (default), quantized, dense")
     parser.add_argument("--no-sequential", dest="sequential", action="store_false", help="one forward per block instead of several")
+    add("--precision", choices=["fp32", "bf16"], help="of the products in training: bf16 is autocast, on factors in float32")
     parser.add_argument("--tasks", type=lambda text: tuple(text.split(",")), default=(), help="accuracy before and after: arc_easy,piqa")
     parser.add_argument("--task-data", help="folder with the tasks' files; the hub if not given")
     add("--task-rows", help="rows of each task")

@@ -34,7 +34,8 @@ def read_texts(protocol: Protocol) -> dict[str, Tensor]:
 
 
 def train(protocol: Protocol, cell: Cell, model: nn.Module, texts: dict[str, Tensor]) -> dict[str, Any]:
-    """AdamW on the factors alone, linear warm-up and cosine decay; the same sequences in the same order for every method of a seed.
+    """AdamW on the factors alone, linear warm-up and cosine decay; the same sequences in the same order for every method of a seed. On the
+    device that the model is on.
 
     The result says in `diverged` at which step the loss was no number any more, where it came to that.
     """
@@ -43,14 +44,16 @@ def train(protocol: Protocol, cell: Cell, model: nn.Module, texts: dict[str, Ten
     torch.manual_seed(cell.seed)
     order = training_order(len(texts["train"]), protocol.steps, protocol.batch, cell.seed)
     factors = [p for p in model.parameters() if p.requires_grad]
+    device = factors[0].device
     optimizer = torch.optim.AdamW(factors, lr=cell.lr, weight_decay=protocol.weight_decay)
     schedule = get_cosine_schedule_with_warmup(optimizer, max(1, round(0.03 * protocol.steps)), protocol.steps)
     found = {"losses": [], "during": {}, "seconds": 0.0, "factors": sum(p.numel() for p in factors)}
     for step in range(protocol.steps):
         began = time.perf_counter()
         model.train()
-        rows = texts["train"][order[step]]
-        value = model(input_ids=rows, labels=rows).loss
+        rows = texts["train"][order[step]].to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=protocol.precision == "bf16"):
+            value = model(input_ids=rows, labels=rows).loss
         value.backward()
         nn.utils.clip_grad_norm_(factors, 1.0)
         optimizer.step()
@@ -80,4 +83,5 @@ def losses(model: nn.Module, texts: dict[str, Tensor]) -> dict[str, float]:
 def loss(model: nn.Module, rows: Tensor) -> float:
     """Mean negative log-likelihood in nats on `(sequences, length)`, every token but a sequence's first predicted."""
     model.eval()
+    rows = rows.to(next(model.parameters()).device)
     return sum(float(model(input_ids=row[None], labels=row[None]).loss) for row in rows) / len(rows)
