@@ -83,6 +83,16 @@ def names(methods: tuple[str, ...]) -> list[str]:
     return [Cell(2, method, lr, seed).name for method in methods for lr in RATES for seed in SEEDS]
 
 
+def test_training_in_bfloat16_is_training_in_float32_but_for_rounding_and_another_cell(place):
+    same = ["--methods", "cloq", "--seeds", "0"]
+    found = {name: run(place, *same, "--precision", name, out=name) / "cells" / "2-cloq-lr0.0003-seed0.json" for name in ("fp32", "bf16")}
+    results = {name: json.loads(path.read_text())["result"] for name, path in found.items()}
+    assert results["fp32"]["before"] == results["bf16"]["before"] and results["fp32"]["losses"] != results["bf16"]["losses"]
+    assert results["bf16"]["after"]["test"] == pytest.approx(results["fp32"]["after"]["test"], rel=0.01)
+    with pytest.raises(SystemExit, match="precision None instead of 'bf16'"):
+        run(place, *same, "--precision", "bf16", out="fp32")
+
+
 def test_sweeps(place):
     out = run(
         place, "--methods", "cloq", "lora-16", "--seeds", "0", "--sweep", "rank", "2", "4", "--sweep", "group-size", "32", "0", out="swept"
