@@ -160,12 +160,11 @@ class _Loop:
     def _entered(self, tokens: CalibrationTokens) -> _Streams:
         """What the first block is given; of several processes some may have no tokens."""
 
-        def enter(part: Tensor) -> list[Batch]:
-            return self.decoder.enter(part, self.spec.batch_tokens) if len(part) else []
+        def enter(part: Tensor, first_alone: bool) -> list[Batch]:
+            return self.decoder.enter(part, self.spec.batch_tokens, first_alone) if len(part) else []
 
-        calibration, heldout = enter(tokens.calibration), enter(tokens.heldout)
-        reference = Reference(self.decoder, enter(tokens.calibration)) if self.spec.corrects else None
-        return _Streams(calibration, heldout, reference)
+        reference = Reference(self.decoder, enter(tokens.calibration, True)) if self.spec.corrects else None
+        return _Streams(enter(tokens.calibration, True), enter(tokens.heldout, False), reference)
 
     def _block(self, index: int, streams: _Streams, kind: Kind, room: Room) -> _Block:
         linears, prefix = self.decoder.linears(index), self.decoder.block_name(index) + "."
@@ -186,7 +185,8 @@ class _Loop:
         if not wanted:
             return {}
         with self.clock("capture"):
-            groups = processes.on_first(lambda: shared_inputs(lambda: block.calibration.run(0), wanted))
+            at = 1 if decoder.experts(block.index) and len(block.calibration.batches) > 1 else 0  # one sequence may reach few experts
+            groups = processes.on_first(lambda: shared_inputs(lambda: block.calibration.run(at), wanted))
         results: dict[str, LayerResult] = {}
         for together in decoder.rounds(groups, self.spec.one_by_one):
             owner = shared_out(together, {name: linear_shape(linears[name]) for group in together for name in group}, processes.size)

@@ -273,7 +273,7 @@ def a_run(spec: RunSpec, out: Path) -> dict[str, Any]:
     """A run, and what this process saw of it."""
     events, sizes = [], []
     enter = Decoder.enter
-    Decoder.enter = lambda self, tokens, batch: sizes.append(len(tokens)) or enter(self, tokens, batch)
+    Decoder.enter = lambda self, tokens, *further: sizes.append(len(tokens)) or enter(self, tokens, *further)
     try:
         result = run(spec, out, emit=lambda event, values: events.append(event))
     finally:

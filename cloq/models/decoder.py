@@ -237,15 +237,18 @@ class Decoder:
     # -- the way in, through, and out ----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def enter(self, tokens: Tensor, batch_tokens: int) -> list[Batch]:
+    def enter(self, tokens: Tensor, batch_tokens: int, first_alone: bool = False) -> list[Batch]:
         """Runs the model's own way in on `tokens (sequences, length)` and returns what the first block gets and what every
         block is called with, in micro-batches of about `batch_tokens` tokens. Equal arguments of different batches are kept once.
+
+        first_alone: the first sequence is a micro-batch of its own, on which what is found out by running a block is found out cheaply.
         """
         size = max(1, batch_tokens // tokens.shape[1])
+        chunks = [*tokens[:1].split(1), *tokens[1:].split(size)] if first_alone and len(tokens) > 1 else tokens.split(size)
         kept: list[Tensor] = []
         with self.outer():
             self.check_streamable()
-            return [self._enter_one(chunk.to(self.device), kept) for chunk in tokens.split(size)]
+            return [self._enter_one(chunk.to(self.device), kept) for chunk in chunks]
 
     def _enter_one(self, tokens: Tensor, kept: list[Tensor]) -> Batch:
         first: list[Tensor] = []

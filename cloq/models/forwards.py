@@ -66,11 +66,12 @@ class Forwards:
                     self._room.give(kept.pop(part).value)
                 if part in kept and part.modules.isdisjoint(looked_at):
                     stack.enter_context(standing_in(part.module, lambda part=part: self._instead(kept, part)))
-                elif part not in kept and part.layer in self._final:
-                    stack.enter_context(hooked(part.module.register_forward_hook(self._keeping_output(kept, part))))
-                elif part not in kept and part.layer in asked:
-                    hook = self._keeping_input(kept, part)
-                    stack.enter_context(hooked(part.last.register_forward_pre_hook(hook, prepend=True)))  # others may end the forward
+                elif part not in kept:
+                    if part.layer in asked:
+                        hook = self._keeping_input(kept, part)
+                        stack.enter_context(hooked(part.last.register_forward_pre_hook(hook, prepend=True)))  # others may end the forward
+                    if part.layer in self._final:
+                        stack.enter_context(hooked(part.module.register_forward_hook(self._keeping_output(kept, part))))
             return self._decoder.run_block(self._index, self.batches[position])
 
     def propagate(self) -> None:
@@ -88,15 +89,12 @@ class Forwards:
             return part.end.returned(before.value)
         output = part.last(before.value)
         if part.layer in self._final:
-            self._room.give(kept.pop(part).value)
-            if not self._keep(kept, part, output, is_output=True):
-                self._keep(kept, part, before.value, is_output=False)
+            self._keep_output(kept, part, output)
         return part.end.returned(output)
 
     def _keeping_output(self, kept: dict[_Part, _Kept], part: _Part) -> Callable:
         def hook(module: nn.Module, args: tuple, returned: Any) -> None:
-            output = returned if part.end.kind is None else returned[0]
-            self._keep(kept, part, output, is_output=True)
+            self._keep_output(kept, part, returned if part.end.kind is None else returned[0])
 
         return hook
 
@@ -106,6 +104,14 @@ class Forwards:
                 self._keep(kept, part, args[0], is_output=False)
 
         return hook
+
+    def _keep_output(self, kept: dict[_Part, _Kept], part: _Part, output: Tensor) -> None:
+        """In the place of the input, if that was kept: the input stays where there is no room for the output."""
+        before = kept.pop(part, None)
+        if before is not None:
+            self._room.give(before.value)
+        if not self._keep(kept, part, output, is_output=True) and before is not None:
+            self._keep(kept, part, before.value, is_output=False)
 
     def _keep(self, kept: dict[_Part, _Kept], part: _Part, value: Tensor, is_output: bool) -> bool:
         if value.is_inference() or not self._room.take(value):  # whether something writes to an inference tensor cannot be seen

@@ -152,7 +152,8 @@ def test_the_forwards_of_a_run_are_those_of_its_plan(settings, spare, tmp_path, 
     for sums in ("gram", "drift"):
         monkeypatch.setattr(f"cloq.plan.algebra.{sums}", lambda *shape: Work())
     planned = _plan(decoder, spare, **settings).work
-    assert run == pytest.approx(planned["capture"].products + planned["propagate"].products, rel=0.01)
+    looked_at = 0.015  # the look at a block leaves something of its one sequence, of nine, to the forwards that are counted
+    assert run == pytest.approx(planned["capture"].products + planned["propagate"].products, rel=looked_at)
 
 
 def test_layers_that_are_left_out_cost_nothing(decoder):
