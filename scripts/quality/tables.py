@@ -60,8 +60,8 @@ def sweep_rows(protocol: Protocol, sweep: Sweep, rows: Sequence[Row]) -> list[tu
 def _head(protocol: Protocol, tasks: bool) -> str:
     words = (
         f"`{Path(protocol.model).name}`, group {protocol.group_size or 'channel'}, rank {protocol.rank}; {protocol.steps} steps of "
-        f"{protocol.batch} x {protocol.seq_len} tokens in {protocol.precision}, dropout {protocol.dropout:g}, weight decay {protocol.weight_decay:g}; test "
-        f"perplexity chunks-{protocol.eval_len} on {protocol.test_samples} sequences; ± is the standard error over seeds, in per cent of "
+        f"{protocol.batch} x {protocol.seq_len} tokens in {protocol.precision}, dropout {protocol.dropout:g}, "
+        f"weight decay {protocol.weight_decay:g}; test perplexity chunks-{protocol.eval_len} on {protocol.test_samples} sequences; ± is the standard error over seeds, in per cent of "
         "the perplexity."
     )
     more = (
