@@ -61,8 +61,8 @@ def _head(protocol: Protocol, tasks: bool) -> str:
     words = (
         f"`{Path(protocol.model).name}`, group {protocol.group_size or 'channel'}, rank {protocol.rank}; {protocol.steps} steps of "
         f"{protocol.batch} x {protocol.seq_len} tokens in {protocol.precision}, dropout {protocol.dropout:g}, "
-        f"weight decay {protocol.weight_decay:g}; test perplexity chunks-{protocol.eval_len} on {protocol.test_samples} sequences; ± is the standard error over seeds, in per cent of "
-        "the perplexity."
+        f"weight decay {protocol.weight_decay:g}; test perplexity chunks-{protocol.eval_len} on "
+        f"{protocol.test_samples} sequences; ± is the standard error over seeds, in per cent of the perplexity."
     )
     more = (
         f" Tasks: {protocol.task_rows} rows of each (all, where there are fewer), in per cent before → after; ± is the standard error over "
