@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cloq import initializers, linalg, quantizers
 from cloq.errors import ModelError
-from cloq.specs import LayerSpec, LoraSpec
+from cloq.specs import INITIALIZER_SETTINGS, LayerSpec, LoraSpec
 from cloq.types import AnyQuantizedWeight, LayerMetrics, LayerResult, LayerStats, LoraFactors
 
 SPECTRUM_POINTS = 32
@@ -41,7 +41,8 @@ def solve_layer(
         stats = LayerStats(torch.eye(weight.shape[1], device=weight.device), 0)
     unseen = unseen if unseen and unseen.n_tokens else None
     quantizer = quantizers.from_spec(layer.quant)
-    initializer = initializers.from_spec(lora.replace(rounds=0) if given else lora)  # codes that are given are not chosen again
+    chooses = lora.init in INITIALIZER_SETTINGS["rounds"]
+    initializer = initializers.from_spec(lora.replace(rounds=0) if given and chooses else lora)  # codes that are given are not chosen again
     quantized, factors = initializer.initialize(weight, stats, lambda w, s: given or quantizer.quantize(w, s), rank)
     if quantized.damping > layer.quant.damping:
         notes.append(f"Cholesky failed with damping {layer.quant.damping:g}; raised to {quantized.damping:g}")

@@ -207,6 +207,13 @@ def test_factors_for_a_base_that_exists(finished, tmp_path):
         torch.testing.assert_close(AdapterFolder(result.adapter).read(name).delta(), AdapterFolder(finished.adapter).read(name).delta())
 
 
+@pytest.mark.parametrize("init", ["zero", "svd", "qera", "eora", "cloq"])
+def test_every_initializer_that_leaves_the_base_alone_takes_a_given_one(init, finished, tmp_path):
+    result = run(run_spec(finished.spec, quantized=str(finished.base), init=init), tmp_path / "out")
+    for summary in result.layers.values():
+        assert init == "zero" or summary.metrics.error_corrected < summary.metrics.error_quantized
+
+
 def test_a_given_base_with_no_layer_to_fit_is_refused(finished, text, tmp_path):
     half = cloq.quantize(finished.spec.model, out=tmp_path / "half", calib=str(text), **SETTINGS, only="q_proj")
     with pytest.raises(SpecError, match=r"none of the layers .* is quantized in the given base"):
