@@ -250,14 +250,18 @@ def read_settings(path: Path, kind: type[AnySpec], maker: str) -> AnySpec:
 
 def _report(result: RunResult, decoder: Decoder, form: str | None, versions: dict[str, str], peaks: list[dict[str, int]]) -> Report:
     """What the finished run is worth telling; numbers that an earlier report of the same result has are kept. peaks: of all processes."""
+    from cloq.quantizers.columns import why_plainly
     from cloq.report import Report, carry_over, weight_bytes
 
     sizes = {"original": weight_bytes(decoder.folder), "base": weight_bytes(result.base), "adapter": weight_bytes(result.adapter)}
     now = peak_memory(decoder.device)
+    notes = [f"The work was shared by {len(peaks)} processes; the peak memory is that of the largest."] if len(peaks) > 1 else []
+    if why := why_plainly(decoder.device):
+        notes.append(f"The loops over columns ran as single operations on the GPU, which takes longer: {why}.")
     report = Report(
         result.spec, result.layers, result.seconds, result.phases,
         form=form, sizes=sizes, peak_memory={kind: max(peak[kind] for peak in (*peaks, now)) for kind in now}, versions=versions,
-        notes=(f"The work was shared by {len(peaks)} processes; the peak memory is that of the largest.",) if len(peaks) > 1 else (),
+        notes=tuple(notes),
     )  # fmt: skip
     return carry_over(result.out, report)
 

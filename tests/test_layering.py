@@ -20,6 +20,7 @@ LAYERS = (
     {"lowrank"},
     {"drift"},
     {"packing"},
+    {"kernels"},
     {"quantizers"},
     {"initializers"},
     {"solve"},

@@ -10,8 +10,8 @@ Departures from the paper: `U` is never formed. With `R = U⁻¹`, so that `H = 
 
 which is where the paper's updates, block after block, have moved it (the free columns' answer `E_b` solves `E_D R[D, b] + E_b
 R[b, b] = 0`). One factorization and the inverses of its diagonal blocks do, and a block is read and written once. Inside a block
-the paper's update runs, at two levels. The work is on the transposed weight, so that a column is contiguous; a failed factorization raises
-the damping and says so in the result.
+the paper's update runs (`columns.round_columns`). The work is on the transposed weight, so that a column is contiguous; a failed
+factorization raises the damping and says so in the result.
 
 An error `e` in column i costs `e² R[i, i]²` after the later columns have made up for what they can. The search for scales weighs
 each column with the root of that, `R[i, i]`: between the plain sum, which ruins layers with outlier inputs, and the full weight, which
@@ -27,13 +27,11 @@ from torch import Tensor
 
 from cloq import linalg
 from cloq.quantizers import grid
+from cloq.quantizers.columns import round_columns
 from cloq.types import LayerStats, QuantizedWeight
 
 BLOCK = 128
 """Columns that are brought up to date in one product, with the errors of all columns before them."""
-
-INNER = 16
-"""Columns whose updates are applied one by one before the rest of the block gets them in one product."""
 
 
 @dataclass(frozen=True)
@@ -123,22 +121,14 @@ class Gptq:
         when it is fitted.
         """
         errors, steps = torch.empty_like(free), torch.empty_like(free)
-        rows = list(zip(free.unbind(), steps.unbind(), errors.unbind(), strict=True))
-        grids: dict[int, grid.Grid] = {}
         size = self.group_size if index[-1] >= len(fits) else len(index)
-        for group in range(0, len(index), size):
-            if index[group] == len(fits):
-                fits.append(self._fit(free[group : group + size].T, importance[group : group + size]))
-            grids |= {g: grid.grid(*fits[g], self.bits) for g in set(index[group : group + size])}
-            for first in range(group, min(group + size, len(index)), INNER):
-                last = min(first + INNER, group + size, len(index))
-                for i in range(first, last):
-                    value, step, error = rows[i]
-                    here = grids[index[i]]
-                    here.round(value, out=step)
-                    torch.addcmul(value, step, here.scale, value=-1, out=error)
-                    free[i + 1 : last].addr_(shares[i, i + 1 : last], error, alpha=-1)
-                free[last:].addmm_(shares[first:last, last:].T, errors[first:last], alpha=-1)
+        for start in range(0, len(index), size):
+            here, behind = slice(start, start + size), slice(start + size, None)
+            if index[start] == len(fits):
+                fits.append(self._fit(free[here].T, importance[here]))
+            grids = {g: grid.grid(*fits[g], self.bits) for g in set(index[here])}
+            round_columns(free[here], shares[here, here], [grids[g] for g in index[here]], steps[here], errors[here])
+            free[behind].addmm_(shares[here, behind].T, errors[here], alpha=-1)
         codes.copy_(steps.add_(torch.stack([fits[g][1] for g in index])))
         return errors
 

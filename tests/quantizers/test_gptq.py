@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cloq import linalg
-from cloq.quantizers import Gptq, Rtn, gptq, grid
+from cloq.quantizers import Gptq, Rtn, columns, gptq, grid
 from cloq.types import LayerStats
 from tests.problems import KINDS, LARGE_SHAPES, SHAPES, output_error, problem
 
@@ -94,12 +94,12 @@ def test_blocks_are_only_an_order_of_work(monkeypatch, block, inner, config):
     p = problem("power law", (17, 150))
     expected = config.quantize(p.weight, p.stats)
     monkeypatch.setattr(gptq, "BLOCK", block)
-    monkeypatch.setattr(gptq, "INNER", inner)
+    monkeypatch.setattr(columns, "INNER", inner)
     found = config.quantize(p.weight, p.stats)
     assert rows_that_differ(found, expected.codes, expected.scale, expected.zero) <= 1
 
 
-ROWS_AT_AN_EDGE = {"well conditioned": 2, "power law": 20, "rank deficient": 2, "outlier channel": 2, "mostly constant": 40}
+ROWS_AT_AN_EDGE = {"well conditioned": 2, "power law": 20, "rank deficient": 4, "outlier channel": 2, "mostly constant": 40}
 """Of 192. Where the damped matrix has a condition number of thousands, float32's factor of it is off in the fifth digit."""
 
 

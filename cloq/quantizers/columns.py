@@ -1,0 +1,157 @@
+"""The two loops over the columns of a block, each of which waits for the one before: plain torch operations, or one launch on a GPU.
+
+Both work on the transposed weight, so that a column of the layer is a row here, `(columns, out)`. On a CUDA device the loop is a Triton
+kernel (`cloq.kernels.columns`) where Triton is installed and the kernel has been seen to do on that device what the plain loop does. It
+differs from the plain loop by the order of float32 sums.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cloq.quantizers.grid import Grid, grid
+
+INNER = 16
+"""Columns whose updates are applied one by one before the rest gets them in one product, in the plain loops."""
+
+SMALLEST_CURVATURE = torch.finfo(torch.float32).tiny
+"""The reciprocal of anything smaller is no float32."""
+
+
+def round_columns(free: Tensor, shares: Tensor, grids: Sequence[Grid], steps: Tensor, errors: Tensor) -> None:
+    """Rounds each column to its grid and pushes its error onto the columns behind it: GPTQ's inner loop.
+
+    free `(columns, out)`: left as the columns were rounded. shares `(columns, columns)`: how much of an error in column i column j > i
+    answers for. grids: of each column. steps, errors `(columns, out)`: get the steps, and each column's error against what it had become.
+    """
+    kernels = _kernels(free.device)
+    if kernels is not None:
+        kernels.round_columns(free, shares.contiguous(), *_stacked(grids), steps, errors)
+    else:
+        _round_plainly(free, shares, grids, steps, errors)
+
+
+def descend_columns(values: Tensor, steps: Tensor, gradient: Tensor, gram: Tensor, grids: Sequence[Grid]) -> Tensor:
+    """Moves each column to the point of its grid that is best while all others stay: coordinate descent's inner loop.
+
+    values, steps `(columns, out)`: replaced. gradient `(columns, out)`: used up. gram `(columns, columns)`. grids: of each column. Columns
+    whose curvature, the diagonal of `gram`, is too small to divide by stay. Returns by how much each value moved.
+    """
+    kernels = _kernels(values.device)
+    if kernels is None:
+        return _descend_plainly(values, steps, gradient, gram, grids)
+    curvature = gram.diagonal().double()
+    reciprocals = torch.where(curvature < SMALLEST_CURVATURE, 0.0, 1 / curvature).float()
+    return kernels.descend_columns(values, steps, gradient, gram.contiguous(), reciprocals, *_stacked(grids))
+
+
+def why_plainly(device: torch.device) -> str | None:
+    """Why the plain loops run on a GPU; `None` where they do not, and on devices that have no kernels."""
+    return _found(device)[1] if device.type == "cuda" else None
+
+
+# -- plain torch operations ------------------------------------------------------------------------------------------------
+
+
+def _round_plainly(free: Tensor, shares: Tensor, grids: Sequence[Grid], steps: Tensor, errors: Tensor) -> None:
+    rows = list(zip(free.unbind(), steps.unbind(), errors.unbind(), grids, strict=True))
+    for first in range(0, len(rows), INNER):
+        last = min(first + INNER, len(rows))
+        for i in range(first, last):
+            value, step, error, points = rows[i]
+            points.round(value, out=step)
+            torch.addcmul(value, step, points.scale, value=-1, out=error)
+            free[i + 1 : last].addr_(shares[i, i + 1 : last], error, alpha=-1)
+        free[last:].addmm_(shares[first:last, last:].T, errors[first:last], alpha=-1)
+
+
+def _descend_plainly(values: Tensor, steps: Tensor, gradient: Tensor, gram: Tensor, grids: Sequence[Grid]) -> Tensor:
+    moved = torch.zeros_like(values)
+    best = torch.empty_like(values[0])
+    rows = list(zip(values.unbind(), steps.unbind(), gradient.unbind(), moved.unbind(), gram.diagonal().tolist(), grids, strict=True))
+    for first in range(0, len(rows), INNER):
+        last = min(first + INNER, len(rows))
+        for i in range(first, last):
+            value, step, slope, move, curvature, points = rows[i]
+            if curvature < SMALLEST_CURVATURE:
+                continue
+            points.round(torch.add(value, slope, alpha=1 / curvature, out=best), out=step)
+            torch.mul(step, points.scale, out=best)
+            torch.sub(best, value, out=move)
+            value.copy_(best)
+            gradient[i + 1 : last].addr_(gram[i + 1 : last, i], move, alpha=-1)
+        gradient[last:].addmm_(gram[last:, first:last], moved[first:last], alpha=-1)
+    return moved
+
+
+# -- the kernels -----------------------------------------------------------------------------------------------------------
+
+
+def _kernels(device: torch.device) -> Any:
+    """The module with the kernels, where they are to be used."""
+    return _found(device)[0] if device.type == "cuda" else None
+
+
+@functools.cache
+def _found(device: torch.device) -> tuple[Any, str | None]:
+    """The kernels, and why there are none. Tried once for each device."""
+    try:
+        kernels = importlib.import_module("cloq.kernels.columns")
+    except ImportError as error:
+        return None, f"Triton is not installed ({error})"
+    try:
+        differing = differences(kernels, device)
+    except Exception as error:  # a compiler, a driver, a device that it does not know: anything can come, and the plain loops are there
+        return None, f"its kernels do not run on {device} ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
+    return (None, f"its kernels are wrong on {device} ({differing})") if differing else (kernels, None)
+
+
+def differences(kernels: Any, device: torch.device) -> str | None:
+    """What the kernels make otherwise than the plain loops, of a small problem with a column that nothing depends on; `None` for nothing
+    but the order of sums."""
+    columns, rows = 40, 70
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    scale, zero = 0.3 + draw(columns, rows).square(), torch.randint(0, 4, (columns, rows), generator=generator)
+    inputs, weight = draw(3 * columns, columns), draw(columns, rows)
+    inputs[:, 7] = 0
+    gram, shares = inputs.T @ inputs, (0.1 * draw(columns, columns)).triu(1)
+    weight, gram, shares, scale, zero = (x.to(device) for x in (weight, gram, shares, scale, zero))
+    grids = [grid(*fit, 2) for fit in zip(scale, zero, strict=True)]
+    curvature = gram.diagonal()
+    reciprocals = torch.where(curvature < SMALLEST_CURVATURE, 0.0, 1 / curvature)
+
+    def rounded(loop: Any) -> Tensor:
+        free, steps, errors = weight.clone(), torch.empty_like(weight), torch.empty_like(weight)
+        loop(free, shares, *(_stacked(grids) if loop is kernels.round_columns else [grids]), steps, errors)
+        return torch.stack([free, steps, errors])
+
+    def descended(loop: Any) -> Tensor:
+        steps = torch.zeros_like(weight)
+        values, gradient = steps.clone(), gram @ weight
+        further = [reciprocals, *_stacked(grids)] if loop is kernels.descend_columns else [grids]
+        return torch.stack([loop(values, steps, gradient, gram, *further), values, steps])
+
+    for name, found, expected in (
+        ("rounding", rounded(kernels.round_columns), rounded(_round_plainly)),
+        ("coordinate descent", descended(kernels.descend_columns), descended(_descend_plainly)),
+    ):
+        off = ~torch.isclose(found, expected, rtol=1e-3, atol=1e-3).all(0)  # a value at the edge of two codes may fall to either side
+        if float(off.float().mean()) > 0.02:
+            return f"{name}: {int(off.sum())} of {off.numel()} values"
+    return None
+
+
+def _stacked(grids: Sequence[Grid]) -> tuple[Tensor, Tensor, Tensor]:
+    """Scales, lowest and highest steps, each `(columns, out)`."""
+    scales, lows, highs = (torch.stack(parts) for parts in zip(*grids, strict=True))
+    return scales, lows, highs
