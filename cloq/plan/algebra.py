@@ -9,7 +9,8 @@ from __future__ import annotations
 from cloq import linalg, lowrank
 from cloq.calibration.gram import PANEL
 from cloq.plan.work import Work
-from cloq.quantizers.gptq import BLOCK, INNER
+from cloq.quantizers.columns import INNER
+from cloq.quantizers.gptq import BLOCK
 from cloq.quantizers.magr import Magr
 from cloq.specs import LoraSpec, QuantSpec
 
