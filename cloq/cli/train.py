@@ -40,6 +40,8 @@ PANELS: dict[str, dict[str, str]] = {
         "context_column": "Column of what the prompt refers to.",
         "answer_column": "Column of the answer.",
         "template": "The prompt as text with {column} in it; \\n is a line break. Default: the tokenizer's chat template, or plain text.",
+        "teacher": "Follow the predictions of a model: a folder, a hub id, or 'original', the run's own 16-bit model.",
+        "distill": "The teacher's share of the loss; the rest is the text's own tokens.",
         "completion_only": "Only answers count in the loss.",
         "packing": f"{', '.join(PACKINGS)}: whole rows that share a sequence, or a stream of text that is cut.",
         "seq_len": "Tokens per sequence, at most.",

@@ -28,13 +28,14 @@ from cloq.training.examples import Examples, held_out, read_examples
 from cloq.training.processes import on_first, refuse_sharding
 from cloq.training.spec import TrainSpec
 from cloq.training.start import Start, find_start, prepare
+from cloq.training.teacher import Teacher, find_teacher
 from cloq.training.trainer import AdapterTrainer, Emit
 
 OPTIMIZERS = {
     "adamw": "adamw_torch", "adamw-8bit": "adamw_bnb_8bit", "paged-adamw": "paged_adamw_32bit", "paged-adamw-8bit": "paged_adamw_8bit",
 }  # fmt: skip
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
-WITHOUT_EFFECT = ("run", "base", "adapter", "recipe", "data", "eval_data", "save_limit", "report_to")
+WITHOUT_EFFECT = ("run", "base", "adapter", "recipe", "data", "eval_data", "teacher", "save_limit", "report_to")
 """Settings that may change between a run and its continuation: they decide no byte of the result, or have a fingerprint of their own."""
 
 
@@ -62,15 +63,16 @@ def run(spec: TrainSpec, to: str | Path | None = None, *, restart: bool = False,
     _refuse_unusable(spec)
     spec = _absolute(spec)
     start = find_start(spec)
+    teacher = find_teacher(spec, start.base)
     folder = TrainingFolder(to or Path(spec.run) / "trained")
     folder.refuse_foreign()
     tokenizer = load_tokenizer(start.base, spec.trust_remote_code)
     examples, evaluation = _examples(spec, tokenizer, start)
     arguments = training_arguments(spec, folder)
-    with _claimed(folder, _manifest(spec, start, examples, evaluation, arguments), restart):
+    with _claimed(folder, _manifest(spec, start, teacher, examples, evaluation, arguments), restart):
         finished = on_first(lambda: _finished(folder))
         if finished is None:
-            finished = _train(spec, start, folder, examples, evaluation, arguments, emit)
+            finished = _train(spec, start, teacher, folder, examples, evaluation, arguments, emit)
     return TrainResult(folder.out, spec, finished)
 
 
@@ -102,7 +104,7 @@ def _refuse_unusable(spec: TrainSpec) -> None:
 
 
 def _absolute(spec: TrainSpec) -> TrainSpec:
-    names = ("run", "base", "adapter", "data", "eval_data")
+    names = ("run", "base", "adapter", "data", "eval_data", "teacher")
     return spec.replace(**{n: str(Path(v).resolve()) for n in names if (v := getattr(spec, n)) and Path(v).exists()})
 
 
@@ -158,13 +160,14 @@ def training_arguments(spec: TrainSpec, folder: TrainingFolder) -> TrainingArgum
 
 
 def _manifest(
-    spec: TrainSpec, start: Start, examples: Examples, evaluation: Examples | None, arguments: TrainingArguments
+    spec: TrainSpec, start: Start, teacher: Teacher | None, examples: Examples, evaluation: Examples | None, arguments: TrainingArguments
 ) -> dict[str, Any]:  # fmt: skip
     """Everything that decides the bytes of the result."""
     return {
         "settings": {name: value for name, value in spec.to_dict().items() if name not in WITHOUT_EFFECT},
         "base": start.fingerprint,
         "adapter": hashlib.sha256((start.adapter.folder / WEIGHTS).read_bytes()).hexdigest(),
+        **({"teacher": teacher.fingerprint()} if teacher else {}),
         "data": examples.fingerprint(),
         "eval_data": evaluation.fingerprint() if evaluation else None,
         "processes": arguments.world_size,
@@ -200,7 +203,7 @@ def _finished(folder: TrainingFolder) -> dict[str, Any] | None:
 
 
 def _train(
-    spec: TrainSpec, start: Start, folder: TrainingFolder, examples: Examples, evaluation: Examples | None,
+    spec: TrainSpec, start: Start, teacher: Teacher | None, folder: TrainingFolder, examples: Examples, evaluation: Examples | None,
     arguments: TrainingArguments, emit: Emit,
 ) -> dict[str, Any]:  # fmt: skip
     checkpoint, about = on_first(lambda: _newest(folder))
@@ -209,7 +212,15 @@ def _train(
         refuse_leaking(model)
     arguments.eval_on_start = evaluation is not None and checkpoint is None
     trainer = AdapterTrainer(
-        model, arguments, spec, folder, emit, examples.examples, evaluation.examples if evaluation else (), about.get("seconds", 0.0)
+        model,
+        arguments,
+        spec,
+        folder,
+        emit,
+        examples.examples,
+        evaluation.examples if evaluation else (),
+        about.get("seconds", 0.0),
+        teacher.load(**_placed(spec, arguments)) if teacher else None,
     )
     counts = {"data": examples.counts.to_dict(), "eval_data": evaluation.counts.to_dict() if evaluation else None}
     emit("start", {"kind": examples.kind, "continued": about.get("step", 0), "long": spec.long, "seq_len": spec.seq_len, **counts})
@@ -229,11 +240,15 @@ def _newest(folder: TrainingFolder) -> tuple[Path | None, dict[str, Any]]:
 
 def _loaded(spec: TrainSpec, start: Start, arguments: TrainingArguments) -> nn.Module:
     """The model on its device, with dropout, and with nothing but factors to train."""
-    placed = {"device_map": {"": arguments.device}} if arguments.device.type == "cuda" else {}
-    dtype = torch.bfloat16 if arguments.bf16 else torch.float32
-    code = {"trust_remote_code": True} if spec.trust_remote_code else {}
-    model = load(spec.run, trainable=True, base=start.base, adapter=start.adapter.folder, dtype=dtype, **placed, **code)
+    model = load(spec.run, trainable=True, base=start.base, adapter=start.adapter.folder, **_placed(spec, arguments))
     return prepare(model, spec)
+
+
+def _placed(spec: TrainSpec, arguments: TrainingArguments) -> dict[str, Any]:
+    """Where and in what precision a model is loaded."""
+    placed = {"device_map": {"": arguments.device}} if arguments.device.type == "cuda" else {}
+    code = {"trust_remote_code": True} if spec.trust_remote_code else {}
+    return {"dtype": torch.bfloat16 if arguments.bf16 else torch.float32, **placed, **code}
 
 
 def _report(spec: TrainSpec, start: Start, trainer: AdapterTrainer, counts: dict[str, Any]) -> dict[str, Any]:
@@ -244,6 +259,7 @@ def _report(spec: TrainSpec, start: Start, trainer: AdapterTrainer, counts: dict
         "base": str(start.base),
         "started_from": str(start.adapter.folder),
         "recipe": spec.recipe,
+        "teacher": spec.teacher,
         **counts,
         "long_rows": spec.long,
         "parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),

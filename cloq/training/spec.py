@@ -17,6 +17,8 @@ OPTIMIZERS = ("adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit")
 PRECISIONS = ("auto", "bf16", "float32")
 DEVICES = ("auto", "cpu")
 REPORTS = ("tensorboard", "wandb", "mlflow")
+ORIGINAL = "original"
+"""As a teacher: the 16-bit model that the run compressed."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class TrainSpec(Spec):
     column: of plain text or conversations; prompt_column, context_column, answer_column: of instruction rows. Found by name where not
         given.
     template: the prompt as text with `{column}` in it, instead of the tokenizer's chat template. The answer follows it at once.
+    teacher: a model whose predictions the training follows: a folder, a hub id, or `original`, the 16-bit model that the run compressed. It
+        is held in memory besides. distill: share of the loss that it makes up; the rest is the text's own tokens.
     completion_only: only answers count in the loss; of a conversation, the assistant's turns.
     packing: `none`, a row is a sequence; `rows`, several whole rows share one and do not see each other; `stream`, plain text is
         concatenated and cut; `auto`, `stream` for plain text and `none` for all else.
@@ -52,6 +56,8 @@ class TrainSpec(Spec):
     context_column: str | None = None
     answer_column: str | None = None
     template: str | None = None
+    teacher: str | None = None
+    distill: float = 1.0
     completion_only: bool = True
     packing: str = "auto"
     seq_len: int = 1024
@@ -93,6 +99,10 @@ class TrainSpec(Spec):
         require(self.max_grad_norm > 0, f"max_grad_norm is {self.max_grad_norm}; it must be above 0 (1 is usual)")
         require(0 <= self.eval_share <= 0.5, f"eval_share is {self.eval_share}; it is a share of the rows, at most 0.5")
         require(not (self.eval_data and self.eval_share), "eval_data and eval_share exclude each other; give one of them")
+        require(0 < self.distill <= 1, f"distill is {self.distill}; it is the teacher's share of the loss, above 0 and at most 1")
+        require(
+            self.teacher is not None or self.distill == 1, "distill is the teacher's share of the loss; name one with --teacher original"
+        )
         require(self.seed >= 0, f"seed is {self.seed}; it must be at least 0")
 
     def _check_choices(self) -> None:

@@ -19,20 +19,25 @@ from cloq.training.batches import collate, predicted
 from cloq.training.checkpoints import TrainingFolder
 from cloq.training.examples import Example
 from cloq.training.spec import TrainSpec
+from cloq.training.teacher import predictions, taught_loss
 
 Emit = Callable[[str, dict[str, Any]], None]
 
 
 class AdapterTrainer(Trainer):
-    """Trains what requires gradients. before: seconds that earlier calls spent on the same run."""
+    """Trains what requires gradients. before: seconds that earlier calls spent on the same run. teacher: whose predictions to follow, on
+    the device already."""
 
     def __init__(
         self, model: nn.Module, arguments: TrainingArguments, spec: TrainSpec, folder: TrainingFolder, emit: Emit,
-        examples: Sequence[Example], evaluation: Sequence[Example], before: float = 0.0,
+        examples: Sequence[Example], evaluation: Sequence[Example], before: float = 0.0, teacher: nn.Module | None = None,
     ):  # fmt: skip
+        self._teacher, self._predicted = teacher, None
         self._spec, self._folder, self._emit, self._evaluation = spec, folder, emit, evaluation
         self._started = time.perf_counter() - before
-        super().__init__(model, arguments, data_collator=collate, train_dataset=list(examples))
+        super().__init__(
+            model, arguments, data_collator=collate, train_dataset=list(examples), compute_loss_func=self._taught if teacher else None
+        )
         self.remove_callback(PrinterCallback)
         self.add_callback(_Rhythm(spec, bool(evaluation)))
         self.add_callback(_Finite())
@@ -50,6 +55,15 @@ class AdapterTrainer(Trainer):
         if broken.item():
             raise not_a_number("loss", self.state.global_step + 1)
         return loss
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args, **kwargs):
+        if self._teacher is not None:
+            self._predicted = predictions(self._teacher, inputs)
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _taught(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        predicted, self._predicted = self._predicted, None
+        return taught_loss(outputs.logits, predicted, labels, self._spec.distill, num_items_in_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(logs, start_time)
