@@ -19,8 +19,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from cloq import linears as kinds
 from cloq.errors import ModelError
+from cloq.linears import fused_experts, is_conv1d, is_linear, linear_shape, routers
 from cloq.models.checkpoint import Checkpoint, TensorSource, check_finite
 from cloq.models.experts import ExpertLayer, Experts, experts_of, rounds
 from cloq.models.heap import trim_heap
@@ -86,8 +86,8 @@ class Decoder:
 
     def linears(self, index: int) -> dict[str, nn.Module]:
         """Linear layers of a block by full name, in the order of definition, every expert's among them, without the routers of experts."""
-        block, left_out = self.blocks[index], set(kinds.routers(self.blocks[index]))
-        return {f"{self.block_name(index)}.{n}": m for n, m in block.named_modules() if kinds.is_linear(m) and n not in left_out}
+        block, left_out = self.blocks[index], set(routers(self.blocks[index]))
+        return {f"{self.block_name(index)}.{n}": m for n, m in block.named_modules() if is_linear(m) and n not in left_out}
 
     def all_linears(self) -> list[str]:
         """Full names of the linear layers of all blocks, in order."""
@@ -107,12 +107,12 @@ class Decoder:
 
     def routers(self, index: int) -> list[str]:
         """Full names of a block's plain linear layers that choose or weigh experts; see `cloq.linears.routers`."""
-        return [f"{self.block_name(index)}.{name}" for name in kinds.routers(self.blocks[index])]
+        return [f"{self.block_name(index)}.{name}" for name in routers(self.blocks[index])]
 
     def fused_experts(self, index: int) -> list[str]:
         """Full names of a block's weights that belong to no linear layer and could not be taken apart; see
         `cloq.linears.fused_experts`."""
-        return [f"{self.block_name(index)}.{name}" for name in kinds.fused_experts(self.blocks[index])]
+        return [f"{self.block_name(index)}.{name}" for name in fused_experts(self.blocks[index])]
 
     def block_parameters(self, index: int) -> int:
         """How many parameters a block has."""
@@ -176,7 +176,7 @@ class Decoder:
     def weight(self, name: str, module: nn.Module) -> Tensor:
         """A linear layer's weight as `(out, in)` float32 on the device, whatever way round the module stores it."""
         stored = self.read(f"{name}.weight").to(self.device, torch.float32)
-        return stored.T.contiguous() if kinds.is_conv1d(module) else stored
+        return stored.T.contiguous() if is_conv1d(module) else stored
 
     def load_block(self, index: int) -> nn.Module:
         """The block with its weights in place, in eval mode."""
@@ -284,7 +284,7 @@ class Decoder:
         parts: list[list[list[str]]] = [[]]
         held = 0
         for group in together:
-            size = 4 * kinds.linear_shape(self.model.get_submodule(group[0]))[1] ** 2
+            size = 4 * linear_shape(self.model.get_submodule(group[0]))[1] ** 2
             if parts[-1] and held + size > GRAM_BYTES:
                 parts.append([])
                 held = 0
