@@ -53,7 +53,7 @@ def _bar() -> Iterator[Emit]:
     columns = [TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("blocks"), TimeElapsedColumn()]
     with Progress(*columns, TextColumn("{task.fields[left]}"), TextColumn("[dim]{task.fields[note]}"), console=console) as bars:
         task = bars.add_task("quantizing", total=None, left="", note="", visible=False)
-        watch = _TimeLeft()
+        watch, told = _TimeLeft(), set[str]()
 
         def emit(event: str, values: dict[str, Any]) -> None:
             if event == "start":  # not before: an error in the settings should stand alone
@@ -62,7 +62,9 @@ def _bar() -> Iterator[Emit]:
                 name = values["name"].split(".", 2)[-1] if values["name"].count(".") > 2 else values["name"]
                 bars.update(task, note=f"{name}  error {values['error_quantized']:.4f} → {values['error_corrected']:.4f}")
                 for note in values["notes"]:
-                    console.print(f"  {values['name']}: {note}", style="yellow", highlight=False)
+                    if note not in told:  # once: it may concern every expert of a mixture, and the report names them all
+                        console.print(f"  {values['name']}: {note}", style="yellow", highlight=False, soft_wrap=True)
+                    told.add(note)
             elif event in WARNINGS:
                 console.print(f"note: {values['note']}", style="yellow", highlight=False, markup=False, soft_wrap=True)
             elif event == "replay":

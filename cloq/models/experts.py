@@ -89,7 +89,7 @@ class Expert(nn.Module):
     def __init__(self, layers: list[str], rule: nn.Module, interleaved: bool):
         super().__init__()
         for name in layers:
-            setattr(self, name, nn.Linear(0, 0, bias=rule.has_bias, device="meta"))
+            setattr(self, name, nn.utils.skip_init(nn.Linear, 1, 1, bias=rule.has_bias, device="meta"))  # of a shape that comes later
         self._interleaved = interleaved
         self.__dict__["_rule"] = rule  # not a part of this module: it would be visited once for every expert
 
