@@ -78,24 +78,20 @@ def _descend(
 
 
 def round_columns(free: Tensor, shares: Tensor, scale: Tensor, low: Tensor, high: Tensor, steps: Tensor, errors: Tensor) -> None:
-    columns, rows = free.shape
-    _round[(triton.cdiv(rows, ROWS),)](
-        free, shares, scale, low, high, steps, errors, columns, rows,
-        COLUMNS=_width(columns), ROWS=ROWS, num_warps=WARPS, enable_fp_fusion=True,
-    )  # fmt: skip
+    _launch(_round, free, shares, scale, low, high, steps, errors)
 
 
 def descend_columns(
     values: Tensor, steps: Tensor, gradient: Tensor, gram: Tensor, reciprocals: Tensor, scale: Tensor, low: Tensor, high: Tensor
 ) -> Tensor:  # fmt: skip
     moved = torch.empty_like(values)
-    columns, rows = values.shape
-    _descend[(triton.cdiv(rows, ROWS),)](
-        values, steps, gradient, gram, reciprocals, scale, low, high, moved, columns, rows,
-        COLUMNS=_width(columns), ROWS=ROWS, num_warps=WARPS, enable_fp_fusion=True,
-    )  # fmt: skip
+    _launch(_descend, values, steps, gradient, gram, reciprocals, scale, low, high, moved)
     return moved
 
 
-def _width(columns: int) -> int:
-    return max(16, triton.next_power_of_2(columns))
+def _launch(kernel, *tensors: Tensor) -> None:
+    """The first tensor is `(columns, rows)`."""
+    columns, rows = tensors[0].shape
+    width = max(16, triton.next_power_of_2(columns))
+    with torch.cuda.device_of(tensors[0]):  # Triton launches on the current device, wherever the tensors are
+        kernel[(triton.cdiv(rows, ROWS),)](*tensors, columns, rows, COLUMNS=width, ROWS=ROWS, num_warps=WARPS, enable_fp_fusion=True)
