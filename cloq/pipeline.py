@@ -24,6 +24,7 @@ from cloq.capture import statistics, top_up_experts
 from cloq.distributed import ALONE, Processes, shared_out
 from cloq.drift import Drift, corrected
 from cloq.errors import ModelError, SpecError
+from cloq.fisher import output_weights
 from cloq.layers import plan_layers
 from cloq.manifest import manifest
 from cloq.memory import in_smaller_batches, is_out_of_memory, spare_memory
@@ -36,7 +37,7 @@ from cloq.types import GivenBase, LayerResult, LayerStats
 Emit = Callable[[str, dict[str, Any]], None]
 """Receives what happens, as a name and plain values: `damaged`, `memory`, `start`, `replay`, `layer`, `block`, `phase`, `done`."""
 
-FORWARDS = ("embed", "capture", "propagate")
+FORWARDS = ("embed", "gradients", "capture", "propagate")
 """Phases whose memory grows with the micro-batch."""
 
 
@@ -131,6 +132,10 @@ class _Loop:
         total = len(decoder.blocks)
         last = max(i for i in range(total) if any(not self.layers[name].dense for name in decoder.linears(i)))  # its output nobody needs
         self.emit("start", {"blocks": total, "finished": done, "layers": sum(not layer.dense for layer in self.layers.values())})
+        outputs: dict[str, Tensor] = {}
+        if self.spec.weighs_outputs and done < total:
+            with clock("gradients"):
+                outputs = output_weights(self.spec, decoder, self.layers, tokens.calibration, self.store, self.processes)
         with clock("embed"):
             streams = self._entered(tokens)
         kinds, spare = Kinds(decoder, self.spec.corrects, self.processes.on_first), spare_memory(decoder.device, self.processes.here)
@@ -145,7 +150,7 @@ class _Loop:
                 self._apply(stored, block)
                 self.emit("replay", {"block": index, "blocks": total})
             else:
-                results = self._solve_block(block, streams.reference)
+                results = self._solve_block(block, streams.reference, outputs)
                 with clock("store"):
                     if self.processes.first:
                         self.store.write(index, results)
@@ -178,7 +183,7 @@ class _Loop:
             streams.reference.enter(index, linears, kind, room)
         return _Block(index, linears, calibration, heldout)
 
-    def _solve_block(self, block: _Block, reference: Reference | None) -> dict[str, LayerResult]:
+    def _solve_block(self, block: _Block, reference: Reference | None, outputs: dict[str, Tensor]) -> dict[str, LayerResult]:
         """One forward per round; later rounds see the layers of earlier ones already quantized."""
         decoder, processes, linears = self.decoder, self.processes, block.linears
         wanted = {name: module for name, module in linears.items() if not self.layers[name].dense}
@@ -201,7 +206,8 @@ class _Loop:
                 own = [name for name in group if owner[name] == processes.rank]
                 for name in own:
                     with self.clock("solve"):
-                        results[name] = self._solve_layer(name, linears[name], seen, held, drifts.pop(name, None))
+                        weighted = seen.for_outputs(outputs.get(name))
+                        results[name] = self._solve_layer(name, linears[name], weighted, held, drifts.pop(name, None))
                     self._tell(block, name, results[name])
                 del seen, held
                 with self.clock("apply"):

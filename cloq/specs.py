@@ -36,7 +36,7 @@ INITIALIZER_SETTINGS = {"split": ("cloq",), "rounds": ("cloq",), "iterations": (
 """Settings of `LoraSpec` that not every initializer has → those that do."""
 
 EFFORTS: dict[str, dict[str, Any]] = {
-    "fast": {"rounds": 1, "correction": 0.0},
+    "fast": {"rounds": 1, "correction": 0.0, "fisher": 0.0},
     "default": {},
     "best": {"rounds": 16},
 }
@@ -248,6 +248,8 @@ class RunSpec(Spec):
     sequential: inside a block, later layers see the earlier ones already quantized; otherwise one forward serves the whole block.
     correction: share of what the layers before have done wrong that each layer is asked to make up for (see `cloq.drift`); 0 is the
         published method. Where later layers are calibrated on the original's outputs there is nothing to make up for.
+    fisher: share of what an output counts for CLoQ's factors that is how much the loss depends on it (see `cloq.fisher`); the rest is the
+        same for all. 0 is the published method, and needs no backward pass.
     device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`. batch_tokens: tokens per forward.
     trust_remote_code: run Python code that comes with the model. Off, and never needed by the families that are tested.
     """
@@ -264,6 +266,7 @@ class RunSpec(Spec):
     propagate: str = "adapter"
     sequential: bool = True
     correction: float = 0.5
+    fisher: float = 0.0
     device: str = "auto"
     batch_tokens: int = 4096
     trust_remote_code: bool = False
@@ -276,12 +279,22 @@ class RunSpec(Spec):
             f"init {self.lora.init!r} changes the quantized weight and cannot be fitted to a given base; use cloq, eora, qera, svd or zero",
         )
         require(0 <= self.correction <= 1, f"correction is {self.correction}; it is a share between 0 (off) and 1")
+        require(0 <= self.fisher < 1, f"fisher is {self.fisher}; it is a share from 0 (off) to below 1")
+        require(
+            self.lora.init == "cloq" or self.fisher in (0, type(self).fisher),
+            f"fisher is {self.fisher}, which init {self.lora.init!r} makes no use of; leave it out, or use --init cloq",
+        )
         require(self.batch_tokens >= 1, f"batch_tokens is {self.batch_tokens}; it must be at least 1")
 
     @property
     def corrects(self) -> bool:
         """Whether the original model's activations go along, for later layers to make up for earlier ones."""
         return self.correction > 0 and self.propagate != "dense"
+
+    @property
+    def weighs_outputs(self) -> bool:
+        """Whether the factors are to know how much the loss depends on each output."""
+        return self.lora.init == "cloq" and self.fisher > 0
 
     @property
     def one_by_one(self) -> bool:
@@ -314,7 +327,7 @@ FLAT = {
     **{
         name: ("", name)
         for name in (
-            *("model", "revision", "quantized", "propagate", "sequential", "correction"),
+            *("model", "revision", "quantized", "propagate", "sequential", "correction", "fisher"),
             *("device", "batch_tokens", "trust_remote_code"),
         )
     },

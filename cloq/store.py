@@ -2,6 +2,7 @@
 
 OUT/.cloq/manifest.json         what the run is: settings, versions, fingerprints of the model and of the calibration tokens
 OUT/.cloq/blocks/00007.safetensors   one finished block: packed codes, scales, zero points, factors; metrics and a checksum in its header
+OUT/.cloq/gradients.safetensors  how much the loss depends on each layer's outputs, where the run asks for it
 OUT/.cloq/batch.json            sequences to a forward, where memory did not suffice for as many as were asked for
 OUT/.cloq/lock                  held while a run writes here
 
@@ -42,6 +43,7 @@ from cloq.types import (
 
 FOLDER = ".cloq"
 BATCH_FILE = "batch.json"
+GRADIENTS_FILE = "gradients.safetensors"
 
 
 class RunFolder:
@@ -179,6 +181,24 @@ class Store(RunFolder):
         """Every continuation goes on with so many, and ends with the same bytes as if it had not been interrupted."""
         with writing(self.out):
             write_atomically(self.folder / BATCH_FILE, json.dumps({"sequences": sequences}).encode())
+
+    # -- what the loss depends on ---------------------------------------------------------------------------------------
+
+    def keep_gradients(self, squared: dict[str, Tensor]) -> None:
+        """Squared gradients by layer: every continuation goes on with the same."""
+        tensors = {name: value.cpu().contiguous() for name, value in squared.items()}
+        with writing(self.out):
+            write_tensors(self.folder / GRADIENTS_FILE, tensors, {"gradients": json.dumps({"sha256": BLANK})}, seal)
+
+    def kept_gradients(self) -> dict[str, Tensor] | None:
+        """`None` where there are none, or not as they were written: then they are found again."""
+        path = self.folder / GRADIENTS_FILE
+        try:
+            verify(path)
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        except (DamageError, SafetensorError, OSError):
+            return None
 
     # -- blocks --------------------------------------------------------------------------------------------------------
 

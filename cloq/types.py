@@ -9,7 +9,7 @@ All of these are immutable by convention: no function in cloq writes into a tens
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -17,11 +17,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class LayerStats:
-    """Second-order statistics of a linear layer's inputs.
+    """Second-order statistics of a linear layer's inputs, and what its outputs count.
 
     gram: `Σ x xᵀ` over all calibration tokens, the raw sum, `(in, in)`, float32 or float64.
     n_tokens: how many tokens are in the sum.
     borrowed: for how many further ones a mean over other tokens stands in it; see `cloq.calibration.topped_up`.
+    outputs: weight of the squared error of each output, `(out,)`, positive, with a mean of 1; `None` where all count alike.
 
     Two of them merge by `+`, so neither order, batching nor the number of processes matters. Factors such as 2 or 1/n are applied where
     they are used.
@@ -30,6 +31,7 @@ class LayerStats:
     gram: Tensor
     n_tokens: int
     borrowed: int = 0
+    outputs: Tensor | None = None
     _found: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     def once(self, key: Hashable, find: Callable[[], Any]) -> Any:
@@ -40,6 +42,14 @@ class LayerStats:
         if key not in self._found:
             self._found[key] = find()
         return self._found[key]
+
+    def for_outputs(self, outputs: Tensor | None) -> LayerStats:
+        """The same inputs for a layer whose outputs count so; what was found of the Gram matrix stays known."""
+        if outputs is None:
+            return self
+        weighted = replace(self, outputs=outputs)
+        object.__setattr__(weighted, "_found", self._found)
+        return weighted
 
     def __add__(self, other: LayerStats) -> LayerStats:
         if self.gram.shape != other.gram.shape:

@@ -30,7 +30,7 @@ LAYERS = (
     {"store"},
     {"memory"},
     {"distributed"},
-    {"capture"},
+    {"capture", "fisher"},
     {"device", "layers", "manifest"},
     {"pipeline"},
     {"export"},

@@ -42,6 +42,7 @@ HELP = {
     "propagate": f"What later layers are calibrated on: {', '.join(PROPAGATE)} outputs.",
     "sequential": "Inside a block, calibrate later layers on the earlier ones already quantized.",
     "correction": "Share of the earlier layers' error that each layer makes up for; 0 is the published method.",
+    "fisher": "CLoQ: share of what an output counts that is how much the loss depends on it; 0 is the published method.",
     "device": "auto, cpu, cuda, cuda:1, mps.",
     "batch_tokens": "Tokens per forward.",
     "revision": "Of the hub id.",

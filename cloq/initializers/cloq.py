@@ -33,13 +33,15 @@ class ClosedForm(NamedTuple):
     spectrum: Tensor
 
 
-def closed_form(error: Tensor, gram: Tensor, rank: int, split: str = "paper") -> ClosedForm:
-    """The rank-r `B A` that minimises `‖(E − B A) S‖_F²`, `S Sᵀ = G`.
+def closed_form(error: Tensor, gram: Tensor, rank: int, split: str = "paper", outputs: Tensor | None = None) -> ClosedForm:
+    """The rank-r `B A` that minimises `‖D^{1/2} (E − B A) S‖_F²`, `S Sᵀ = G`, `D` the diagonal of `outputs` or the identity.
 
     error: `(out, in)`, what the factors should undo, `W − Q`. gram: `(in, in)`, positive semi-definite, of any rank and scale.
     rank: at least 1; more than `min(out, in)` is clipped to it, where the error vanishes.
-    split: `paper` puts the eigenvectors into B (orthonormal columns, `A = Bᵀ E`); `balanced` shares the singular values of `B A`
-        between both (`BᵀB = A Aᵀ`). The product is the same.
+    split: `paper` gives B orthonormal columns, without `outputs` the eigenvectors with `A = Bᵀ E`; `balanced` shares the singular values
+        of `B A` between both (`BᵀB = A Aᵀ`). The product is the same.
+    outputs: `(out,)`, positive: what the squared error of each output counts. The problem is the plain one for `D^{1/2} E`, whose product
+        is then divided by `D^{1/2}`. The result's `error`, `total` and `spectrum` are those of the weighted problem.
 
     Raises `ValueError` for wrong shapes, rank or split, and for NaN or Inf. Within 0.1 % of the float64 optimum on any input.
     """
@@ -52,14 +54,26 @@ def closed_form(error: Tensor, gram: Tensor, rank: int, split: str = "paper") ->
         raise ValueError(f"unknown split {split!r}: one of {', '.join(SPLITS)}")
     if not (bool(torch.isfinite(error).all()) and bool(torch.isfinite(gram).all())):
         raise ValueError("closed_form was given NaN or Inf")
+    if outputs is not None and (outputs.shape != error.shape[:1] or not bool(((outputs > 0) & torch.isfinite(outputs)).all())):
+        raise ValueError(f"closed_form needs a positive finite weight for each of {error.shape[0]} outputs, got {tuple(outputs.shape)}")
     rank = min(rank, *error.shape)
     error = error if error.dtype == torch.float64 else error.float()
-    vectors, values, total, _ = lowrank.top_eigenvectors(error, gram, rank)
-    B, A = vectors, vectors.to(error.dtype).T @ error
+    roots = _roots(outputs, error)
+    weighted = error if roots is None else roots * error
+    vectors, values, total, _ = lowrank.top_eigenvectors(weighted, gram, rank)
+    B, A = vectors, vectors.to(error.dtype).T @ weighted
+    if roots is not None:
+        B, triangle = torch.linalg.qr(B / roots)
+        A = triangle.to(A.dtype) @ A
     if split == "balanced":
         B, A = lowrank.balance(B, A)
     remaining = 0.0 if rank == min(error.shape) else max(total - float(values.sum()), 0.0)
     return ClosedForm(LoraFactors(A.float(), B.float()), remaining, total, values)
+
+
+def _roots(outputs: Tensor | None, like: Tensor) -> Tensor | None:
+    """`D^{1/2}` as a column, `(out, 1)`."""
+    return None if outputs is None else outputs.to(like).sqrt()[:, None]
 
 
 @dataclass(frozen=True)
@@ -75,6 +89,9 @@ class Cloq:
     (`quantizers.descend`), and the factors follow them by two orthogonal steps, which serve the next round as well as the optimum
     would. The codes with the least error are the result, with the closed form's factors, so that no number of rounds is worse on the
     calibration data than none. The base alone gets worse: it is made for its factors.
+
+    **Outputs that count more** (`stats.outputs`) are the factors' alone: a quantizer treats every row by itself, so that a weight of the
+    row changes none of its codes; the factors choose which rows' errors to undo. Errors are compared with the weights.
     """
 
     split: str = "paper"
@@ -84,8 +101,9 @@ class Cloq:
         """Raises `ValueError` for a rank above `min(weight.shape)`."""
         lowrank.check_rank(rank, weight.shape)
         weight = weight.detach().float()
+        roots = _roots(stats.outputs, weight)
         first = best = quantize(weight, stats)
-        fitted = closed_form(weight - first.dequantize(), stats.gram, rank, self.split)
+        fitted = closed_form(weight - first.dequantize(), stats.gram, rank, self.split, stats.outputs)
         B, A, least = fitted.factors.B, fitted.factors.A, fitted.error
         for _ in range(self.rounds if rank < min(weight.shape) else 0):  # at full rank there is no error left
             target = weight - B @ A
@@ -93,9 +111,14 @@ class Cloq:
             quantized = quantize(target, corrected)
             if isinstance(quantized, QuantizedWeight):
                 quantized = descend(quantized, target, corrected.gram)
-            B, A, error = lowrank.follow(weight - quantized.dequantize(), stats.gram, B)
+            left = weight - quantized.dequantize()
+            if roots is None:
+                B, A, error = lowrank.follow(left, stats.gram, B)
+            else:
+                B, A, error = lowrank.follow(roots * left, stats.gram, roots * B)
+                B = B / roots
             if error < least:
                 best, least = quantized, error
         if best is not first:
-            fitted = closed_form(weight - best.dequantize(), stats.gram, rank, self.split)
+            fitted = closed_form(weight - best.dequantize(), stats.gram, rank, self.split, stats.outputs)
         return best, fitted.factors

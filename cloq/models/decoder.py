@@ -266,11 +266,12 @@ class Decoder:
             self.stand_in(record, tokens)
         return Batch(first[0], calls)
 
-    @torch.no_grad()
-    def run_block(self, index: int, batch: Batch) -> Tensor:
-        """The block's output hidden states for one micro-batch. Needs `load_block(index)`."""
+    def run_block(self, index: int, batch: Batch, gradients: bool = False) -> Tensor:
+        """The block's output hidden states for one micro-batch. Needs `load_block(index)`. gradients: can be followed back to the hidden
+        states that go in, where these ask for it."""
         args, kwargs = batch.calls[index]
-        output = self.blocks[index](batch.hidden, *args, **kwargs)
+        with torch.set_grad_enabled(gradients):
+            output = self.blocks[index](batch.hidden, *args, **kwargs)
         return output[0] if isinstance(output, (tuple, list)) else output
 
     def rounds(self, groups: list[list[str]], one_by_one: bool) -> list[list[list[str]]]:
@@ -306,12 +307,12 @@ class Decoder:
                 stack.enter_context(experts.showing(frozenset(indices), max(1, tokens // enough)))
             yield
 
-    @torch.no_grad()
-    def leave(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """Logits `(sequences, length, vocabulary)` from the last block's output. Needs `outer()`."""
+    def leave(self, hidden: Tensor, tokens: Tensor, gradients: bool = False) -> Tensor:
+        """Logits `(sequences, length, vocabulary)` from the last block's output. Needs `outer()`. gradients: as of `run_block`."""
         self.check_streamable()
         last = len(self.blocks) - 1
-        return self.stand_in(lambda index, h, args, kwargs: hidden if index == last else h, tokens.to(self.device))
+        with torch.set_grad_enabled(gradients):
+            return self.stand_in(lambda index, h, args, kwargs: hidden if index == last else h, tokens.to(self.device))
 
     def check_streamable(self) -> None:
         """Raises `ModelError` if the model's blocks cannot be run one by one in its stead: see `cloq.models.probe`. Looked at

@@ -1,0 +1,124 @@
+"""How much the loss depends on what each layer returns: a backward pass through a model whose blocks come and go.
+
+For an error `e` in a layer's output the loss rises by `½ eᵀ H e` in second order, with `H` the second moment of the loss's gradient with
+respect to that output where labels are drawn from the model's own predictions (the Fisher information; Martens, arXiv:1412.1193, §9). Of it
+the diagonal is taken: one number for each output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterable, Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+
+from cloq.calibration import hooked
+from cloq.errors import ModelError
+from cloq.models.decoder import Batch, Decoder
+
+LENGTH = 512
+"""Tokens of a sequence at most: all logits of one are in memory at a time."""
+
+
+def squared_gradients(
+    decoder: Decoder, tokens: Tensor, batch_tokens: int, wanted: Container[str], seed: int = 0
+) -> dict[str, Tensor]:  # fmt: skip
+    """`Σ g²` over all tokens, `(out,)` float32, with `g` the gradient of the loss with respect to a layer's output; by the layer's full
+    name. Layers that no token reached have zeros.
+
+    tokens: `(sequences, length)`, cut into pieces of at most `LENGTH`. wanted: full names of the layers to find it for. seed: of the
+    labels, which are drawn from the model's own predictions. Every block is loaded twice, forwards and backwards; what each was given lies
+    in host memory in between. State that blocks hand each other besides the hidden states (Gemma 4's shared keys and values) is not
+    followed. Raises `ModelError` for a model that cannot be followed backwards, and for gradients that are not finite.
+    """
+    tokens = _pieces(tokens)
+    batches = decoder.enter(tokens, batch_tokens)
+    names = [[name for name in decoder.linears(index) if name in wanted] for index in range(len(decoder.blocks))]
+    given: list[list[Tensor]] = []
+    for index in range(len(decoder.blocks)):
+        decoder.load_block(index)
+        given.append([batch.hidden.cpu() for batch in batches])
+        batches = [Batch(decoder.run_block(index, batch), batch.calls) for batch in batches]
+        decoder.drop_block(index)
+    with decoder.outer():
+        parts = tokens.split([len(batch.hidden) for batch in batches])
+        generator = torch.Generator().manual_seed(seed)
+        gradients = [_of_the_loss(decoder, batch.hidden, part, generator) for batch, part in zip(batches, parts, strict=True)]
+    found: dict[str, Tensor] = {}
+    for index in reversed(range(_first(names), len(decoder.blocks))):
+        decoder.load_block(index)
+        modules = {name: module for name, module in decoder.linears(index).items() if name in names[index]}
+        for position, (batch, hidden) in enumerate(zip(batches, given.pop(), strict=True)):
+            batch = Batch(hidden.to(decoder.device).requires_grad_(), batch.calls)
+            gradients[position] = _back(decoder, index, batch, gradients[position], modules, found)
+        decoder.drop_block(index)
+    return {name: found[name] for block in names for name in block}
+
+
+def _pieces(tokens: Tensor) -> Tensor:
+    length = min(LENGTH, tokens.shape[1])
+    return tokens[:, : tokens.shape[1] // length * length].reshape(-1, length)
+
+
+def _first(names: Sequence[Sequence[str]]) -> int:
+    """The first block with a layer that is wanted: no gradient is needed below it."""
+    return next((index for index, block in enumerate(names) if block), len(names))
+
+
+def _of_the_loss(decoder: Decoder, hidden: Tensor, tokens: Tensor, generator: torch.Generator) -> Tensor:
+    """Of the negative log-likelihood, summed over tokens, with respect to what the last block returns; one sequence after the other."""
+    found = []
+    for one, row in zip(hidden.split(1), tokens.split(1), strict=True):
+        one = one.detach().requires_grad_()
+        logits = decoder.leave(one, row, gradients=True)[0].float()
+        with torch.no_grad():
+            chances = logits.softmax(-1).cumsum(-1)
+            drawn = torch.rand(len(logits), 1, generator=generator).to(chances) * chances[:, -1:]
+            labels = (chances < drawn).sum(-1).clamp_max(logits.shape[-1] - 1)
+        found += _followed(lambda one=one, logits=logits, labels=labels: torch.autograd.grad(_likelihood(logits, labels), one))
+    return torch.cat(found)
+
+
+def _likelihood(logits: Tensor, labels: Tensor) -> Tensor:
+    with torch.enable_grad():
+        return nn.functional.cross_entropy(logits, labels, reduction="sum")
+
+
+def _back(
+    decoder: Decoder, index: int, batch: Batch, gradient: Tensor, modules: dict[str, nn.Module], found: dict[str, Tensor]
+) -> Tensor:  # fmt: skip
+    """The gradient with respect to what the block was given, from the one with respect to what it returned."""
+    for name, module in modules.items():
+        found.setdefault(name, torch.zeros(module.weight.shape[0] if isinstance(module, nn.Linear) else module.nf, device=gradient.device))
+
+    def watch(name: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(lambda g: add(name, g))
+
+        return hook
+
+    def add(name: str, g: Tensor) -> None:
+        total = g.detach().flatten(0, -2).float().square().sum(0)
+        if not bool(torch.isfinite(total).all()):
+            raise ModelError(f"the loss's gradient at {name} is not finite on the calibration text; use --fisher 0")
+        found[name] += total
+
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            stack.enter_context(hooked(module.register_forward_hook(watch(name))))
+        returned = decoder.run_block(index, batch, gradients=True)
+    (back,) = _followed(lambda: torch.autograd.grad(returned, batch.hidden, gradient.to(returned)))
+    return back
+
+
+def _followed(follow: Callable[[], Iterable[Tensor]]) -> list[Tensor]:
+    try:
+        return list(follow())
+    except RuntimeError as error:
+        if "does not require grad" in str(error) or "not have been used in the graph" in str(error):
+            raise ModelError(
+                f"the loss cannot be followed back through this model ({str(error).splitlines()[0]}); use --fisher 0"
+            ) from error
+        raise
