@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cloq import closed_form, lowrank
-from cloq.initializers import SPLITS
-from cloq.quantizers import Rtn
+from cloq.initializers import SPLITS, Cloq
+from cloq.quantizers import Gptq, Rtn
 from tests.problems import KINDS, LARGE_SHAPES, SHAPES, optimum, output_error, problem, rounding
 
 CASES = [(s, r) for s in SHAPES.values() for r in (1, 7, 39, 40, 48, 100)]
@@ -37,6 +37,26 @@ def test_within_a_thousandth_of_brute_force(kind, shape, rank, split):
     digits = 1e-9 if min(shape) <= lowrank.EXACT_BELOW else 1e-5  # large layers are solved in float32 where that is enough
     assert result.total == pytest.approx(output_error(error, p.gram), rel=digits, abs=slack)
     assert result.error == 0 if most == min(shape) else result.error >= 0
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("shape", [*SHAPES.values(), *LARGE_SHAPES.values()])
+@pytest.mark.parametrize("kind", KINDS)
+def test_weighted_outputs_are_the_same_problem_in_other_units(kind, shape, split):
+    p = problem(kind, shape)
+    outputs = 0.05 + torch.rand(shape[0], generator=torch.Generator().manual_seed(1)) ** 4
+    roots = outputs.sqrt()[:, None]
+    error = quantization_error(p)
+    result = closed_form(error, p.gram, 10, split, outputs)
+    A, B = result.factors.A, result.factors.B
+    best, slack = optimum(roots * error, p.gram, 10), rounding(roots * error, p.gram)
+    direct = output_error(roots.double() * (error.double() - B.double() @ A.double()), p.gram)
+    assert direct <= 1.001 * best + slack and result.error == pytest.approx(direct, rel=1e-3, abs=slack)
+    if split == "paper":
+        torch.testing.assert_close(B.T @ B, torch.eye(10), rtol=0, atol=1e-4)
+    plain = closed_form(error, p.gram, 10, split)
+    alike = closed_form(error, p.gram, 10, split, torch.ones(shape[0]))
+    torch.testing.assert_close(alike.factors.delta(), plain.factors.delta(), rtol=1e-3, atol=1e-4 * float(error.abs().max()))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -152,3 +172,24 @@ def test_refusals(name):
     error, gram, rank, split, message = REFUSED[name]
     with pytest.raises(ValueError, match=message):
         closed_form(error, gram, rank, split)
+
+
+@pytest.mark.parametrize("outputs", (torch.ones(2), torch.tensor([1.0, 0.0, 1.0]), torch.tensor([1.0, torch.nan, 1.0])), ids=str)
+def test_weights_that_are_none_are_refused(outputs):
+    with pytest.raises(ValueError, match="a positive finite weight for each of 3 outputs"):
+        closed_form(ERROR, GRAM, 1, outputs=outputs)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_rounds_lower_the_weighted_error(split):
+    p = problem("power law", SHAPES["tall"])
+    outputs = 0.05 + torch.rand(p.weight.shape[0], generator=torch.Generator().manual_seed(1)) ** 4
+    roots = outputs.sqrt()[:, None]
+
+    def left(rounds, weighted):
+        stats = p.stats.for_outputs(outputs) if weighted else p.stats
+        quantized, factors = Cloq(split, rounds).initialize(p.weight, stats, Gptq(2, 32).quantize, 6)
+        return output_error(roots * (p.weight - quantized.dequantize() - factors.delta()), p.gram)
+
+    assert left(2, True) < left(1, True) < left(0, True) < left(0, False)
+    assert left(2, True) < left(2, False)

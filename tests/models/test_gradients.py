@@ -1,0 +1,80 @@
+"""The streamed backward pass against the whole model's own."""
+
+import pytest
+import torch
+from torch import nn
+
+from cloq.errors import ModelError
+from cloq.models import Decoder, squared_gradients
+from cloq.models.experts import unfuse
+from tests.tiny import load_plain, save_tiny
+
+TOKENS = torch.randint(1, 250, (3, 12), generator=torch.Generator().manual_seed(0))
+
+
+def by_autograd(model: nn.Module, names: set[str], tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Hooks on the whole model, one sequence after the other, labels drawn from the same stream of random numbers."""
+    found = {}
+
+    def watch(name):
+        def hook(module, args, output):
+            if output.requires_grad:
+                output.register_hook(lambda g: found.update({name: found.get(name, 0) + g.flatten(0, -2).square().sum(0)}))
+
+        return hook
+
+    for name, module in model.named_modules():
+        if name in names:
+            module.register_forward_hook(watch(name))
+    model.get_input_embeddings().weight.requires_grad_(True)
+    generator = torch.Generator().manual_seed(0)
+    for row in tokens.split(1):
+        logits = model(input_ids=row, use_cache=False).logits[0]
+        with torch.no_grad():
+            chances = logits.softmax(-1).cumsum(-1)
+            labels = (chances < torch.rand(len(logits), 1, generator=generator) * chances[:, -1:]).sum(-1)
+        nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "gpt2", "gemma2", "mixtral", "mamba", "bloom"])
+def test_it_is_the_gradient_of_the_whole_model(family, tmp_path):
+    decoder = Decoder(save_tiny(family, tmp_path))
+    names = decoder.all_linears()
+    found = squared_gradients(decoder, TOKENS, 24, names)
+    model = load_plain(tmp_path)
+    expected = by_autograd(unfuse(model) if family == "mixtral" else model, set(names), TOKENS)
+    assert list(found) == names
+    for name, squared in found.items():
+        torch.testing.assert_close(squared, expected.get(name, torch.zeros_like(squared)), rtol=1e-4, atol=1e-9)
+
+
+def test_long_sequences_are_cut_and_only_what_is_wanted_is_found(tmp_path, monkeypatch):
+    decoder = Decoder(save_tiny("llama", tmp_path))
+    monkeypatch.setattr("cloq.models.gradients.LENGTH", 5)
+    pieces = TOKENS[:, :10].reshape(-1, 5)
+    wanted = [name for name in decoder.all_linears() if ".1." in name]
+    decoder.check_streamable()  # which loads a block as well
+    loaded = []
+    load = Decoder.load_block
+    monkeypatch.setattr(Decoder, "load_block", lambda d, index: loaded.append(index) or load(d, index))
+    found = squared_gradients(decoder, TOKENS, 1 << 20, wanted)
+    assert loaded == [0, 1, 2, 2, 1] and list(found) == wanted  # nothing below the first layer that is wanted
+    expected = by_autograd(load_plain(tmp_path), set(wanted), pieces)
+    for name in wanted:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-9)
+
+
+def test_batches_do_not_matter(tmp_path):
+    decoder = Decoder(save_tiny("llama", tmp_path))
+    whole, parts = (squared_gradients(decoder, TOKENS, size, decoder.all_linears()) for size in (1 << 20, 1))
+    for name in whole:
+        torch.testing.assert_close(whole[name], parts[name], rtol=1e-4, atol=1e-9)
+
+
+def test_a_model_without_gradients_is_refused(tmp_path, monkeypatch):
+    decoder = Decoder(save_tiny("llama", tmp_path))
+    forward = type(decoder.blocks[1]).forward
+    monkeypatch.setattr(type(decoder.blocks[1]), "forward", lambda *args, **kwargs: forward(*args, **kwargs).detach())
+    with pytest.raises(ModelError, match="cannot be followed back.*--fisher 0"):
+        squared_gradients(decoder, TOKENS, 24, decoder.all_linears())
