@@ -160,8 +160,10 @@ def _phases(
     calib = spec.calib
     sequences, tokens = calib.samples + calib.heldout_samples, (calib.samples + calib.heldout_samples) * calib.seq_len
     beside = spec.corrects  # the original model's own activations, which only the calibration tokens have
-    phases = {name: Work() for name in ("embed", "load", "capture", "solve", "apply", "store", "propagate", "export")}
+    phases = {name: Work() for name in ("embed", "gradients", "load", "capture", "solve", "apply", "store", "propagate", "export")}
     phases["embed"] = (1 + beside) * Work(disk=3 * sizes.outer, streamed=8.0 * tokens * storage.width(decoder))
+    if spec.weighs_outputs:
+        phases["gradients"] = _gradients(spec, decoder, forwards, sizes)
     last = max(index for index in range(len(forwards)) if any(name in chosen for name in decoder.linears(index)))
     for index, forward in enumerate(forwards):
         prefix = decoder.block_name(index) + "."
@@ -196,6 +198,15 @@ def _phases(
     phases["store"] = Work(disk=sizes.store)
     phases["export"] = Work(disk=sizes.original + sizes.store + sizes.base + sizes.adapter)
     return phases
+
+
+def _gradients(spec: RunSpec, decoder: Decoder, forwards: list[BlockForward], sizes: storage.Sizes) -> Work:
+    """Every block forwards, and once more to be followed back, which takes as much again; the head alike, but once forwards."""
+    sequences = storage.followed_back(spec) / spec.calib.seq_len
+    blocks = 3.0 * sequences * sum((forward.whole for forward in forwards), Work())
+    config = decoder.config.get_text_config()
+    head = Work(products=2 * 2.0 * storage.followed_back(spec) * config.vocab_size * config.hidden_size)
+    return blocks + head + Work(disk=2.0 * sizes.original)
 
 
 def _operations(work: Work) -> str:

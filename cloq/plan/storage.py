@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from cloq.export.folder import SHARD_BYTES
+from cloq.fisher import TOKENS
 from cloq.models import Decoder
 from cloq.plan.forward import BlockForward, Part
 from cloq.plan.rounds import kept_bytes
@@ -76,6 +77,11 @@ def quantized_bits(shape: Shape, quant: QuantSpec) -> int:
     return out * columns * quant.bits + out * groups * (16 + quant.bits)
 
 
+def followed_back(spec: RunSpec) -> int:
+    """Tokens whose loss is followed back through the model; see `cloq.fisher`."""
+    return spec.calib.seq_len * min(spec.calib.samples, math.ceil(TOKENS / spec.calib.seq_len))
+
+
 def width(decoder: Decoder) -> int:
     """Of the hidden states."""
     return decoder.config.get_text_config().hidden_size
@@ -85,7 +91,8 @@ def peak_memory(
     spec: RunSpec, decoder: Decoder, chosen: dict[str, LayerSpec], shapes: dict[str, Shape], forwards: list[BlockForward],
     sizes: Sizes, spare: float,
 ) -> dict[str, int]:  # fmt: skip
-    """The fullest of three moments, by what holds the bytes: the way in, a block being solved, the result being exported.
+    """The fullest of a few moments, by what holds the bytes: the way in, a loss being followed back, a block being solved, the result being
+    exported.
     spare: bytes of what is kept of a block.
 
     Pages of the checkpoint that the system keeps because nothing else needs the room are not counted.
@@ -94,9 +101,15 @@ def peak_memory(
     streams = calib.samples * (2 if spec.corrects else 1) + calib.heldout_samples
     activations = 4.0 * streams * calib.seq_len * width(decoder)
     entering = {"activations": activations, "embeddings": 4.0 * sizes.outer / sizes.element}
+    following = {
+        "a block": 4.0 * max(decoder.block_parameters(index) for index in range(len(decoder.blocks))),
+        "what blocks were given": 4.0 * len(decoder.blocks) * followed_back(spec) * width(decoder),
+        "embeddings": 4.0 * sizes.outer / sizes.element,
+    }
     solving = {"activations": activations} | _solving(spec, decoder, chosen, shapes, forwards, spare)
     exporting = {"a shard being written": 2.0 * max(min(sizes.base, SHARD_BYTES), sizes.adapter)}
-    fullest = max((entering, solving, exporting), key=lambda parts: sum(parts.values()))
+    moments = (entering, solving, exporting, *([following] if spec.weighs_outputs else []))
+    fullest = max(moments, key=lambda parts: sum(parts.values()))
     return {"process": int(PROCESS)} | {name: int(value) for name, value in fullest.items()}
 
 

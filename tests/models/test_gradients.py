@@ -76,5 +76,5 @@ def test_a_model_without_gradients_is_refused(tmp_path, monkeypatch):
     decoder = Decoder(save_tiny("llama", tmp_path))
     forward = type(decoder.blocks[1]).forward
     monkeypatch.setattr(type(decoder.blocks[1]), "forward", lambda *args, **kwargs: forward(*args, **kwargs).detach())
-    with pytest.raises(ModelError, match="cannot be followed back.*--fisher 0"):
+    with pytest.raises(ModelError, match=r"cannot be followed back.*--fisher 0"):
         squared_gradients(decoder, TOKENS, 24, decoder.all_linears())

@@ -8,7 +8,7 @@ from cloq import pipeline
 from cloq.calibration import CalibrationTokens
 from cloq.errors import SpecError
 from cloq.export import FORMATS, write_adapter, write_model
-from cloq.models import Decoder
+from cloq.models import Decoder, linear_shape
 from cloq.plan import plan, rough, time_range
 from cloq.plan.storage import quantized_bits
 from cloq.plan.work import Machine, Work
@@ -207,3 +207,17 @@ def test_times_are_a_range_of_single_digits(seconds, said):
 )
 def test_memory_is_rough(value, said):
     assert rough(value) == said
+
+
+def test_following_the_loss_back_is_planned(decoder):
+    plain, weighed = _plan(decoder), _plan(decoder, fisher=0.9)
+    assert plain.work["gradients"].products == 0 and weighed.work["gradients"].products > 0
+    others = {name: work for name, work in weighed.work.items() if name != "gradients"}
+    assert others == {name: work for name, work in plain.work.items() if name != "gradients"}
+    whole = 3 * sum(2.0 * out * columns for out, columns in _shapes(decoder)) + 4.0 * 288 * 64
+    tokens = weighed.tokens
+    assert 1 < weighed.work["gradients"].products / (tokens * whole) < 1.2  # attention comes on top
+
+
+def _shapes(decoder):
+    return [linear_shape(module) for index in range(len(decoder.blocks)) for module in decoder.linears(index).values()]
