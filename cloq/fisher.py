@@ -27,15 +27,18 @@ def output_weights(
 ) -> dict[str, Tensor]:  # fmt: skip
     """`(1 − share) + share · h / mean(h)`, `(out,)`, by full name, `h` the squared gradients of a layer that has any; others count alike.
 
-    own: this process's calibration tokens `(sequences, length)`, of which the first are taken. What was found is kept in the store, so that
-    a continued run goes on with the same to the last bit.
+    own: this process's calibration tokens `(sequences, length)`. Of those of all processes some are taken at even distances, the same
+    however many processes there are. What was found is kept in the store, so that a continued run goes on with the same to the last bit.
     """
     found = processes.on_first(store.kept_gradients)
     if found is None:
         names = [name for name in decoder.all_linears() if not layers[name].dense]
-        most = math.ceil(TOKENS / own.shape[1] / processes.size)
-        if len(own):
-            found = squared_gradients(decoder, own[:most], spec.batch_tokens, names, seed=processes.rank)
+        total = processes.total({"sequences": len(own)})["sequences"]
+        count = min(total, math.ceil(TOKENS / own.shape[1]))
+        taken = {number * total // count for number in range(count)}
+        mine = {number: row for row, number in enumerate(processes.share(torch.arange(total)).tolist()) if number in taken}
+        if mine:
+            found = squared_gradients(decoder, own[[*mine.values()]], spec.batch_tokens, names, [*mine])
         else:
             found = {name: torch.zeros(linear_shape(decoder.model.get_submodule(name))[0], device=decoder.device) for name in names}
         processes.add(found.values())

@@ -22,17 +22,21 @@ LENGTH = 512
 
 
 def squared_gradients(
-    decoder: Decoder, tokens: Tensor, batch_tokens: int, wanted: Container[str], seed: int = 0
+    decoder: Decoder, tokens: Tensor, batch_tokens: int, wanted: Container[str], numbers: Sequence[int] | None = None
 ) -> dict[str, Tensor]:  # fmt: skip
     """`Σ g²` over all tokens, `(out,)` float32, with `g` the gradient of the loss with respect to a layer's output; by the layer's full
     name. Layers that no token reached have zeros.
 
-    tokens: `(sequences, length)`, cut into pieces of at most `LENGTH`. wanted: full names of the layers to find it for. seed: of the
-    labels, which are drawn from the model's own predictions. Every block is loaded twice, forwards and backwards; what each was given lies
-    in host memory in between. State that blocks hand each other besides the hidden states (Gemma 4's shared keys and values) is not
-    followed. Raises `ModelError` for a model that cannot be followed backwards, and for gradients that are not finite.
+    tokens: `(sequences, length)`, cut into pieces of at most `LENGTH`. wanted: full names of the layers to find it for. numbers: of the
+    sequences, from 0 on if not given; they decide which labels are drawn from the model's predictions. Every block is loaded twice,
+    forwards and backwards; what each was given lies in host memory in between. State that blocks hand each other besides the hidden states
+    (Gemma 4's shared keys and values) is not followed. Raises `ModelError` for a model that cannot be followed backwards, and for gradients
+    that are not finite.
     """
-    tokens = _pieces(tokens)
+    length = min(LENGTH, tokens.shape[1])
+    pieces = tokens.shape[1] // length
+    tokens = tokens[:, : pieces * length].reshape(-1, length)
+    seeds = [number * pieces + piece for number in numbers or range(len(tokens) // pieces) for piece in range(pieces)]
     batches = decoder.enter(tokens, batch_tokens)
     names = [[name for name in decoder.linears(index) if name in wanted] for index in range(len(decoder.blocks))]
     given: list[list[Tensor]] = []
@@ -42,9 +46,8 @@ def squared_gradients(
         batches = [Batch(decoder.run_block(index, batch), batch.calls) for batch in batches]
         decoder.drop_block(index)
     with decoder.outer():
-        parts = tokens.split([len(batch.hidden) for batch in batches])
-        generator = torch.Generator().manual_seed(seed)
-        gradients = [_of_the_loss(decoder, batch.hidden, part, generator) for batch, part in zip(batches, parts, strict=True)]
+        rows = iter(zip(tokens.split(1), seeds, strict=True))
+        gradients = [torch.cat([_of_the_loss(decoder, one, *next(rows)) for one in batch.hidden.split(1)]) for batch in batches]
     found: dict[str, Tensor] = {}
     for index in reversed(range(_first(names), len(decoder.blocks))):
         decoder.load_block(index)
@@ -56,28 +59,21 @@ def squared_gradients(
     return {name: found[name] for block in names for name in block}
 
 
-def _pieces(tokens: Tensor) -> Tensor:
-    length = min(LENGTH, tokens.shape[1])
-    return tokens[:, : tokens.shape[1] // length * length].reshape(-1, length)
-
-
 def _first(names: Sequence[Sequence[str]]) -> int:
     """The first block with a layer that is wanted: no gradient is needed below it."""
     return next((index for index, block in enumerate(names) if block), len(names))
 
 
-def _of_the_loss(decoder: Decoder, hidden: Tensor, tokens: Tensor, generator: torch.Generator) -> Tensor:
-    """Of the negative log-likelihood, summed over tokens, with respect to what the last block returns; one sequence after the other."""
-    found = []
-    for one, row in zip(hidden.split(1), tokens.split(1), strict=True):
-        one = one.detach().requires_grad_()
-        logits = decoder.leave(one, row, gradients=True)[0].float()
-        with torch.no_grad():
-            chances = logits.softmax(-1).cumsum(-1)
-            drawn = torch.rand(len(logits), 1, generator=generator).to(chances) * chances[:, -1:]
-            labels = (chances < drawn).sum(-1).clamp_max(logits.shape[-1] - 1)
-        found += _followed(lambda one=one, logits=logits, labels=labels: torch.autograd.grad(_likelihood(logits, labels), one))
-    return torch.cat(found)
+def _of_the_loss(decoder: Decoder, hidden: Tensor, tokens: Tensor, seed: int) -> Tensor:
+    """Of one sequence's negative log-likelihood, summed over tokens, with respect to what the last block returns."""
+    hidden = hidden.detach().requires_grad_()
+    logits = decoder.leave(hidden, tokens, gradients=True)[0].float()
+    with torch.no_grad():
+        chances = logits.softmax(-1).cumsum(-1)
+        drawn = torch.rand(len(logits), 1, generator=torch.Generator().manual_seed(seed)).to(chances) * chances[:, -1:]
+        labels = (chances < drawn).sum(-1).clamp_max(logits.shape[-1] - 1)
+    (gradient,) = _followed(lambda: torch.autograd.grad(_likelihood(logits, labels), hidden))
+    return gradient
 
 
 def _likelihood(logits: Tensor, labels: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ TOKENS = torch.randint(1, 250, (3, 12), generator=torch.Generator().manual_seed(
 
 
 def by_autograd(model: nn.Module, names: set[str], tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Hooks on the whole model, one sequence after the other, labels drawn from the same stream of random numbers."""
+    """Hooks on the whole model, one sequence after the other, labels drawn with the same random numbers."""
     found = {}
 
     def watch(name):
@@ -27,8 +27,8 @@ def by_autograd(model: nn.Module, names: set[str], tokens: torch.Tensor) -> dict
         if name in names:
             module.register_forward_hook(watch(name))
     model.get_input_embeddings().weight.requires_grad_(True)
-    generator = torch.Generator().manual_seed(0)
-    for row in tokens.split(1):
+    for number, row in enumerate(tokens.split(1)):
+        generator = torch.Generator().manual_seed(number)
         logits = model(input_ids=row, use_cache=False).logits[0]
         with torch.no_grad():
             chances = logits.softmax(-1).cumsum(-1)
