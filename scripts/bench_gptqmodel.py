@@ -34,7 +34,7 @@ TOOLS = {
     },
     "cloq": {},
     "cloq, fast": {"effort": "fast"},
-    "cloq, as published": {"rounds": 0, "correction": 0.0},
+    "cloq, as published": {"effort": "published"},
 }
 """What is run: GPTQModel without and with its own EoRA adapter, cloq for a base alone and as it is meant, with scales from the range
 (as GPTQModel has them) or searched (cloq's default). `ordered` comes nearest to GPTQModel's defaults: damping 0.05, and columns by their

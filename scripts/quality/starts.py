@@ -57,7 +57,7 @@ class Starts:
         fitted = grid | extra | {"init": method.init, "propagate": protocol.propagate or "adapter"}
         if method.base == "own":
             return self._run(protocol, f"{start.bits}-own-{name}{tag(changes)}", **fitted)
-        fitted["correction"] = 0.0
+        fitted |= {"correction": 0.0, "fisher": 0.0}
         shared = self._shared_base(start, grid | {"correction": 0.0})
         if method.init == "zero" and not _beyond(changes):
             return shared
