@@ -38,7 +38,7 @@ def output_weights(
         taken = {number * total // count for number in range(count)}
         mine = {number: row for row, number in enumerate(processes.share(torch.arange(total)).tolist()) if number in taken}
         if mine:
-            found = squared_gradients(decoder, own[[*mine.values()]], spec.batch_tokens, names, [*mine])
+            found = squared_gradients(decoder, own[[*mine.values()]], spec.batch_tokens, frozenset(names), [*mine])
         else:
             found = {name: torch.zeros(linear_shape(decoder.model.get_submodule(name))[0], device=decoder.device) for name in names}
         processes.add(found.values())

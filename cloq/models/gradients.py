@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cloq.calibration import hooked
 from cloq.errors import ModelError
+from cloq.linears import linear_shape
 from cloq.models.decoder import Batch, Decoder
 
 LENGTH = 512
@@ -86,7 +87,7 @@ def _back(
 ) -> Tensor:  # fmt: skip
     """The gradient with respect to what the block was given, from the one with respect to what it returned."""
     for name, module in modules.items():
-        found.setdefault(name, torch.zeros(module.weight.shape[0] if isinstance(module, nn.Linear) else module.nf, device=gradient.device))
+        found.setdefault(name, torch.zeros(linear_shape(module)[0], device=gradient.device))
 
     def watch(name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
