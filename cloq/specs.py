@@ -35,11 +35,14 @@ QUANTIZER_SETTINGS = {
 INITIALIZER_SETTINGS = {"split": ("cloq",), "rounds": ("cloq",), "iterations": ("loftq",)}
 """Settings of `LoraSpec` that not every initializer has → those that do."""
 
+_FISHER = {"fisher": ("cloq",)}
+"""The run's setting that is for some initializers only."""
+
 EFFORTS: dict[str, dict[str, Any]] = {
     "published": {"rounds": 0, "correction": 0.0, "fisher": 0.0},
     "fast": {"rounds": 1, "correction": 0.0, "fisher": 0.0},
     "default": {},
-    "best": {"rounds": 16},
+    "best": {"rounds": 16, "fisher": 0.9},
 }
 """What a run may cost → flat settings in place of the defaults; `published` is CLoQ as its authors have it. docs/results.md has what each
 of them buys."""
@@ -283,7 +286,7 @@ class RunSpec(Spec):
         require(0 <= self.correction <= 1, f"correction is {self.correction}; it is a share between 0 (off) and 1")
         require(0 <= self.fisher < 1, f"fisher is {self.fisher}; it is a share from 0 (off) to below 1")
         require(
-            self.lora.init == "cloq" or self.fisher in (0, type(self).fisher),
+            self.lora.init in _FISHER["fisher"] or self.fisher == 0,
             f"fisher is {self.fisher}, which init {self.lora.init!r} makes no use of; leave it out, or use --init cloq",
         )
         require(self.batch_tokens >= 1, f"batch_tokens is {self.batch_tokens}; it must be at least 1")
@@ -296,7 +299,7 @@ class RunSpec(Spec):
     @property
     def weighs_outputs(self) -> bool:
         """Whether the factors are to know how much the loss depends on each output."""
-        return self.lora.init == "cloq" and self.fisher > 0
+        return self.fisher > 0
 
     @property
     def one_by_one(self) -> bool:
@@ -356,7 +359,7 @@ def run_spec(base: RunSpec | None = None, effort: str | None = None, **settings:
     if effort is not None:
         one_of("effort", effort, tuple(EFFORTS))
         init = settings.get("init", values["lora"]["init"])
-        settings = {k: v for k, v in EFFORTS[effort].items() if init in INITIALIZER_SETTINGS.get(k, (init,))} | settings
+        settings = {k: v for k, v in EFFORTS[effort].items() if init in (INITIALIZER_SETTINGS | _FISHER).get(k, (init,))} | settings
     for name, value in settings.items():
         section, key = FLAT[name]
         if key in ("only", "skip") and isinstance(value, str):
