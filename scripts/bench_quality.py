@@ -11,8 +11,8 @@ and curves.png of what is there, and sweep-SETTING.md and .png for each sweep. A
 
 **What is equal.** All methods of a width that fit factors to a given base get the same base: GPTQ with scales searched, calibrated through
 its own compressed prefix. `loftq` alternates and so has a base of its own, as has `cloq-run`, which is what `cloq quantize` makes: codes
-chosen for the factors, later layers quantized on the outputs of `Q + BA`; `cloq-paper` is the published method, `cloq-best` all effort. Rank, steps, tokens
-and their order (by seed), optimizer and schedule are the same.
+chosen for the factors, later layers quantized on the outputs of `Q + BA`; `cloq-paper` is the published method, `cloq-best` all effort.
+Rank, steps, tokens and their order (by seed), optimizer and schedule are the same.
 
 **What is chosen.** The learning rate, per method, from the same grid, by the perplexity on the validation text after training, mean over
 seeds; the table shows the test text at that rate.
