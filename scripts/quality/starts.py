@@ -50,7 +50,10 @@ class Starts:
             out = peft_loftq(protocol, self._runs / f"{start.bits}-peft-loftq{tag(changes)}")
             return Pair(out / "model", out / "adapter")
         if method.base == "nf4":
-            return self._run(protocol, f"4-nf4{tag(changes)}", bits=4, quantizer="nf4", init="zero")
+            data_free = {"correction": 0.0, "propagate": "dense", "sequential": False}  # as QLoRA has it: the weights as they are, rounded
+            return self._run(
+                protocol.changed((("calib_samples", 1),)), f"4-nf4{tag(changes)}", bits=4, quantizer="nf4", init="zero", **data_free
+            )
         grid = {"bits": start.bits, "group_size": protocol.group_size or None, "sequential": protocol.sequential}
         extra = dict(method.settings)
         name = "-".join([method.init, *(str(value) for value in extra.values())])
