@@ -49,7 +49,7 @@ METHODS = {
     "eora": Method("gptq", "eora"),
     "cloq": Method("gptq", "cloq", family="cloq"),
     "cloq-balanced": Method("gptq", "cloq", balanced=True, family="cloq"),
-    "loftq": Method("own", "loftq", (("quantizer", "rtn"), ("correction", 0.0))),
+    "loftq": Method("own", "loftq", (("quantizer", "rtn"),)),
     "cloq-paper": Method("own", "cloq", (("effort", "published"),), family="cloq"),
     "cloq-rounds": Method("own", "cloq", (("correction", 0.0),), family="cloq"),
     "cloq-best": Method("own", "cloq", (("effort", "best"),), family="cloq"),

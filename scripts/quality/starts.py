@@ -16,6 +16,11 @@ from quality.rivals import gptqmodel_eora, peft_loftq
 _OF_THE_BASE = ("group_size", "calib", "calib_samples", "calib_len", "sequential")
 
 
+_ONE = (("calib_samples", 1),)
+_DATA_FREE = {"correction": 0.0, "propagate": "dense", "sequential": False}
+"""For methods that see weights alone, rounded as they are: no layer is to know what the calibration text did to those before it."""
+
+
 @dataclass(frozen=True)
 class Pair:
     """Folders of a base and of an adapter on it."""
@@ -50,14 +55,13 @@ class Starts:
             out = peft_loftq(protocol, self._runs / f"{start.bits}-peft-loftq{tag(changes)}")
             return Pair(out / "model", out / "adapter")
         if method.base == "nf4":
-            data_free = {"correction": 0.0, "propagate": "dense", "sequential": False}  # as QLoRA has it: the weights as they are, rounded
-            return self._run(
-                protocol.changed((("calib_samples", 1),)), f"4-nf4{tag(changes)}", bits=4, quantizer="nf4", init="zero", **data_free
-            )
+            return self._run(protocol.changed(_ONE), f"4-nf4{tag(changes)}", bits=4, quantizer="nf4", init="zero", **_DATA_FREE)
         grid = {"bits": start.bits, "group_size": protocol.group_size or None, "sequential": protocol.sequential}
         extra = dict(method.settings)
         name = "-".join([method.init, *(str(value) for value in extra.values())])
         fitted = grid | extra | {"init": method.init, "propagate": protocol.propagate or "adapter"}
+        if method.init == "loftq":
+            return self._run(protocol.changed(_ONE), f"{start.bits}-own-{name}{tag(changes)}", **fitted | _DATA_FREE)
         if method.base == "own":
             return self._run(protocol, f"{start.bits}-own-{name}{tag(changes)}", **fitted)
         fitted |= {"correction": 0.0, "fisher": 0.0}
