@@ -12,10 +12,9 @@ from cloq.api import run
 from cloq.errors import RunError
 from cloq.memory import in_smaller_batches, is_out_of_memory, peak_resident, spare_memory
 from cloq.models import Decoder
-from cloq.specs import run_spec
 from cloq.store import Store
 from tests.test_api import digest
-from tests.tiny import save_tiny
+from tests.tiny import tiny_spec
 
 ERRORS = (
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …"),
@@ -26,11 +25,7 @@ ERRORS = (
 
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory):
-    work = tmp_path_factory.mktemp("memory")
-    (work / "text.txt").write_text("A tokenizer of bytes makes much of few words. " * 60)
-    model = save_tiny("llama", work / "model")
-    calibration = {"calib": str(work / "text.txt"), "calib_samples": 8, "seq_len": 32, "heldout": 0.5}
-    return run_spec(model=str(model), bits=2, group_size=32, rank=4, device="cpu", **calibration)
+    return tiny_spec(tmp_path_factory.mktemp("memory"))
 
 
 @pytest.fixture

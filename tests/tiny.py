@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from cloq.specs import RunSpec, run_spec
+
 VOCABULARY = 288
 """Bytes, the end-of-text token, and a few that never occur."""
 
@@ -160,6 +162,15 @@ def save_tiny(family: str, folder: Path, *, dtype: torch.dtype = torch.float32, 
     model.save_pretrained(folder, **({"max_shard_size": size // shards + 1} if shards > 1 else {}))
     save_tokenizer(folder)
     return folder
+
+
+def tiny_spec(folder: Path, **settings: Any) -> RunSpec:
+    """A run that takes seconds: a tiny Llama and its calibration text, both saved in the folder."""
+    text = folder / "text.txt"
+    text.write_text("A tokenizer of bytes makes much of few words. " * 60)
+    calibration = {"calib": str(text), "calib_samples": 8, "seq_len": 32, "heldout": 0.5}
+    quantization = {"bits": 2, "group_size": 32, "rank": 4, "device": "cpu"}
+    return run_spec(model=str(save_tiny("llama", folder / "model")), **calibration | quantization | settings)
 
 
 def save_tokenizer(folder: Path) -> None:

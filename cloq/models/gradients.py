@@ -7,7 +7,7 @@ the diagonal is taken: one number for each output.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -73,13 +73,9 @@ def _of_the_loss(decoder: Decoder, hidden: Tensor, tokens: Tensor, seed: int) ->
         chances = logits.softmax(-1).cumsum(-1)
         drawn = torch.rand(len(logits), 1, generator=torch.Generator().manual_seed(seed)).to(chances) * chances[:, -1:]
         labels = (chances < drawn).sum(-1).clamp_max(logits.shape[-1] - 1)
-    (gradient,) = _followed(lambda: torch.autograd.grad(_likelihood(logits, labels), hidden))
-    return gradient
-
-
-def _likelihood(logits: Tensor, labels: Tensor) -> Tensor:
     with torch.enable_grad():
-        return nn.functional.cross_entropy(logits, labels, reduction="sum")
+        loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+    return _followed(loss, hidden)
 
 
 def _back(
@@ -106,13 +102,13 @@ def _back(
         for name, module in modules.items():
             stack.enter_context(hooked(module.register_forward_hook(watch(name))))
         returned = decoder.run_block(index, batch, gradients=True)
-    (back,) = _followed(lambda: torch.autograd.grad(returned, batch.hidden, gradient.to(returned)))
-    return back
+    return _followed(returned, batch.hidden, gradient.to(returned))
 
 
-def _followed(follow: Callable[[], Iterable[Tensor]]) -> list[Tensor]:
+def _followed(returned: Tensor, given: Tensor, gradient: Tensor | None = None) -> Tensor:
+    """The gradient with respect to what was given, from the one with respect to what was returned, 1 if there is none."""
     try:
-        return list(follow())
+        return torch.autograd.grad(returned, given, gradient)[0]
     except RuntimeError as error:
         if "does not require grad" in str(error) or "not have been used in the graph" in str(error):
             raise ModelError(

@@ -30,11 +30,7 @@ def round_columns(free: Tensor, shares: Tensor, grids: Sequence[Grid], steps: Te
     free `(columns, out)`: left as the columns were rounded. shares `(columns, columns)`: how much of an error in column i column j > i
     answers for. grids: of each column. steps, errors `(columns, out)`: get the steps, and each column's error against what it had become.
     """
-    kernels = _kernels(free.device)
-    if kernels is not None:
-        kernels.round_columns(free, shares.contiguous(), *_stacked(grids), steps, errors)
-    else:
-        _round_plainly(free, shares, grids, steps, errors)
+    _round(_kernels(free.device), free, shares, grids, steps, errors)
 
 
 def descend_columns(values: Tensor, steps: Tensor, gradient: Tensor, gram: Tensor, grids: Sequence[Grid]) -> Tensor:
@@ -43,17 +39,27 @@ def descend_columns(values: Tensor, steps: Tensor, gradient: Tensor, gram: Tenso
     values, steps `(columns, out)`: replaced. gradient `(columns, out)`: used up. gram `(columns, columns)`. grids: of each column. Columns
     whose curvature, the diagonal of `gram`, is too small to divide by stay. Returns by how much each value moved.
     """
-    kernels = _kernels(values.device)
-    if kernels is None:
-        return _descend_plainly(values, steps, gradient, gram, grids)
-    curvature = gram.diagonal().double()
-    reciprocals = torch.where(curvature < SMALLEST_CURVATURE, 0.0, 1 / curvature).float()
-    return kernels.descend_columns(values, steps, gradient, gram.contiguous(), reciprocals, *_stacked(grids))
+    return _descend(_kernels(values.device), values, steps, gradient, gram, grids)
 
 
 def why_plainly(device: torch.device) -> str | None:
     """Why the plain loops run on a GPU; `None` where they do not, and on devices that have no kernels."""
     return _found(device)[1] if device.type == "cuda" else None
+
+
+def _round(kernels: Any, free: Tensor, shares: Tensor, grids: Sequence[Grid], steps: Tensor, errors: Tensor) -> None:
+    if kernels is None:
+        _round_plainly(free, shares, grids, steps, errors)
+    else:
+        kernels.round_columns(free, shares.contiguous(), *_stacked(grids), steps, errors)
+
+
+def _descend(kernels: Any, values: Tensor, steps: Tensor, gradient: Tensor, gram: Tensor, grids: Sequence[Grid]) -> Tensor:
+    if kernels is None:
+        return _descend_plainly(values, steps, gradient, gram, grids)
+    curvature = gram.diagonal().double()
+    reciprocals = torch.where(curvature < SMALLEST_CURVATURE, 0.0, 1 / curvature).float()
+    return kernels.descend_columns(values, steps, gradient, gram.contiguous(), reciprocals, *_stacked(grids))
 
 
 # -- plain torch operations ------------------------------------------------------------------------------------------------
@@ -127,24 +133,19 @@ def differences(kernels: Any, device: torch.device) -> str | None:
     gram, shares = inputs.T @ inputs, (0.1 * draw(columns, columns)).triu(1)
     weight, gram, shares, scale, zero = (x.to(device) for x in (weight, gram, shares, scale, zero))
     grids = [grid(*fit, 2) for fit in zip(scale, zero, strict=True)]
-    curvature = gram.diagonal()
-    reciprocals = torch.where(curvature < SMALLEST_CURVATURE, 0.0, 1 / curvature)
 
-    def rounded(loop: Any) -> Tensor:
+    def rounded(kernels: Any) -> Tensor:
         free, steps, errors = weight.clone(), torch.empty_like(weight), torch.empty_like(weight)
-        loop(free, shares, *(_stacked(grids) if loop is kernels.round_columns else [grids]), steps, errors)
+        _round(kernels, free, shares, grids, steps, errors)
         return torch.stack([free, steps, errors])
 
-    def descended(loop: Any) -> Tensor:
+    def descended(kernels: Any) -> Tensor:
         steps = torch.zeros_like(weight)
-        values, gradient = steps.clone(), gram @ weight
-        further = [reciprocals, *_stacked(grids)] if loop is kernels.descend_columns else [grids]
-        return torch.stack([loop(values, steps, gradient, gram, *further), values, steps])
+        values = steps.clone()
+        return torch.stack([_descend(kernels, values, steps, gram @ weight, gram, grids), values, steps])
 
-    for name, found, expected in (
-        ("rounding", rounded(kernels.round_columns), rounded(_round_plainly)),
-        ("coordinate descent", descended(kernels.descend_columns), descended(_descend_plainly)),
-    ):
+    for name, made in (("rounding", rounded), ("coordinate descent", descended)):
+        found, expected = made(kernels), made(None)
         off = ~torch.isclose(found, expected, rtol=1e-3, atol=1e-3).all(0)  # a value at the edge of two codes may fall to either side
         if float(off.float().mean()) > 0.02:
             return f"{name}: {int(off.sum())} of {off.numel()} values"

@@ -142,18 +142,18 @@ def test_the_forwards_of_a_run_are_those_of_its_plan(settings, spare, tmp_path, 
     monkeypatch.setattr(pipeline, "spare_memory", lambda *device: spare)
     monkeypatch.setattr(pipeline.Kinds, "of", uncounted(pipeline.Kinds.of))
     monkeypatch.setattr(pipeline, "shared_inputs", uncounted(pipeline.shared_inputs))
+    settings = settings | {"calib_samples": 12}  # the look at a block leaves something of its one sequence to the forwards that are counted
     spec = run_spec(model=str(decoder.folder), **(SMALL | settings))
-    tokens = torch.randint(0, 250, (9, 16), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, 250, (18, 16), generator=torch.Generator().manual_seed(0))
     store = Store(tmp_path / "out")
     with store.lock():
-        pipeline.quantize_blocks(spec, decoder, CalibrationTokens(tokens[:6], tokens[6:]), store, lambda *event: None)
+        pipeline.quantize_blocks(spec, decoder, CalibrationTokens(tokens[:12], tokens[12:]), store, lambda *event: None)
     run = sum(done)
     monkeypatch.setattr("cloq.plan.forward._ATTENTION", 0.0)
     for sums in ("gram", "drift"):
         monkeypatch.setattr(f"cloq.plan.algebra.{sums}", lambda *shape: Work())
     planned = _plan(decoder, spare, **settings).work
-    looked_at = 0.015  # the look at a block leaves something of its one sequence, of nine, to the forwards that are counted
-    assert run == pytest.approx(planned["capture"].products + planned["propagate"].products, rel=looked_at)
+    assert run == pytest.approx(planned["capture"].products + planned["propagate"].products, rel=0.01)
 
 
 def test_layers_that_are_left_out_cost_nothing(decoder):
