@@ -23,10 +23,9 @@ from cloq.training.spec import ORIGINAL, TrainSpec
 
 @dataclass(frozen=True)
 class Teacher:
-    """folder: of the model. share: of the loss that is the divergence from its predictions; the rest counts the text's own tokens."""
+    """folder: of the model."""
 
     folder: Path
-    share: float
 
     def fingerprint(self) -> str:
         """Of its tensors' names, sizes and content, as far as a run's own fingerprint of a model goes."""
@@ -57,7 +56,7 @@ def find_teacher(spec: TrainSpec, base: Path) -> Teacher | None:
         raise TrainingError(
             f"the teacher {folder} has a vocabulary of {sizes[0]} and the base one of {sizes[1]}: a teacher has to know the same tokens"
         )
-    return Teacher(folder, spec.distill)
+    return Teacher(folder)
 
 
 def taught_loss(student: Tensor, teacher: Tensor, labels: Tensor, share: float, tokens: Tensor | int | None = None) -> Tensor:
