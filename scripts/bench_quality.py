@@ -15,7 +15,8 @@ chosen for the factors, later layers quantized on the outputs of `Q + BA`; `cloq
 Rank, steps, tokens and their order (by seed), optimizer and schedule are the same.
 
 **What is chosen.** The learning rate, per method, from the same grid, by the perplexity on the validation text after training, mean over
-seeds; the table shows the test text at that rate.
+seeds; the table shows the test text at that rate. With `--rate-seeds` these seeds alone train at every rate, and the others at the one
+that was chosen.
 
 **As good as the best rival in the end.** The best rival is the method of the lowest validation loss after training at the same width, the
 16-bit model and a method's own variants (those of `cloq` have its name in theirs) left out. The column says after how many steps, and
@@ -34,7 +35,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ from quality.cells import Cell, Kept, Start, grid, starts
 from quality.methods import METHODS, OWN
 from quality.protocol import Protocol, Sweep, add_arguments, read_protocol
 from quality.rivals import Refused
-from quality.summary import Row, perplexity, summarize
+from quality.summary import Row, best_rates, perplexity, summarize
 
 from cloq.errors import CloqError
 
@@ -60,6 +61,11 @@ class Bench:
         self._tasks, self._texts = read_tasks(protocol), read_texts(protocol)  # first: what is not there leaves no folder behind
         self._cells, self._before = Kept(out / "cells"), Kept(out / "before")
         self.refused: dict[Start, str] = {}
+
+    def results(self, cells: Iterable[Cell]) -> dict[Cell, dict[str, Any]]:
+        """Of all cells that have one, made as they come."""
+        found = ((cell, self.result(cell)) for cell in cells)
+        return {cell: result for cell, result in found if result is not None}
 
     def result(self, cell: Cell) -> dict[str, Any] | None:
         """`None` where the start is another library's, and it refused; `refused` says why."""
@@ -123,6 +129,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=OWN, help="default: all but other libraries' own")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--lrs", type=float, nargs="+", default=[3e-4])
+    parser.add_argument("--rate-seeds", type=int, nargs="+", default=[], help="of the seeds, those that the rate is chosen on; all")
     parser.add_argument("--sweep", nargs="+", action="append", default=[], metavar=("SETTING", "VALUE"), help="repeatable; see above")
     parser.add_argument("--rival-minutes", type=float, default=180, help="what another library's quantization may take")
     parser.add_argument("--runs", help="folder of the bases and factors, which comparisons may share; OUT/runs if not given")
@@ -134,15 +141,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     from cloq.models import quiet_libraries
 
     args = parse(argv)
+    if not set(args.rate_seeds) <= set(args.seeds):
+        raise SystemExit("error: --rate-seeds are some of the --seeds")
     quiet_libraries()
     protocol, out = read_protocol(args), Path(args.out)
     sweeps = [Sweep.parse(words) for words in args.sweep]
     bench = Bench(protocol, out, Path(args.runs) if args.runs else out / "runs", args.rival_minutes)
-    results: dict[Cell, dict[str, Any]] = {}
-    for cell in grid(starts(protocol, args.bits, args.methods, sweeps), args.lrs, args.seeds):
-        result = bench.result(cell)
-        if result is not None:
-            results[cell] = result
+    points = starts(protocol, args.bits, args.methods, sweeps)
+    choosing = args.rate_seeds or args.seeds
+    results = bench.results(grid(points, args.lrs, choosing))
+    rates, others = best_rates(results), [seed for seed in args.seeds if seed not in choosing]
+    results |= bench.results(start.cell(rate, seed) for seed in others for start, rate in rates.items())
     write(protocol, sweeps, summarize(results, protocol.steps), bench, args)
 
 

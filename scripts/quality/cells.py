@@ -25,6 +25,9 @@ class Start:
     def name(self) -> str:
         return f"{self.bits}-{self.method}{tag(self.changes)}"
 
+    def cell(self, lr: float, seed: int) -> Cell:
+        return Cell(self.bits, self.method, lr, seed, self.changes)
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -60,7 +63,7 @@ def applied(method: str, changes: Changes) -> Changes:
 def grid(points: Iterable[Start], lrs: Sequence[float], seeds: Sequence[int]) -> Iterator[Cell]:
     """Seed after seed, so that what is there when time is up compares all methods."""
     for seed, lr, start in itertools.product(seeds, lrs, list(points)):
-        yield Cell(start.bits, start.method, lr, seed, start.changes)
+        yield start.cell(lr, seed)
 
 
 class Kept:

@@ -68,18 +68,36 @@ class Row:
 
 def summarize(results: Mapping[Cell, Mapping[str, Any]], steps: int) -> list[Row]:
     """One row per start, in the order in which they came. Rivals are those at the same width and point of a sweep."""
-    by_start: dict[Start, dict[Cell, Mapping[str, Any]]] = {}
-    for cell, result in results.items():
-        by_start.setdefault(cell.start, {})[cell] = result
-    rows = [_row(start, cells, steps) for start, cells in by_start.items()]
+    rates = best_rates(results)
+    rows = [_row(start, rates[start], cells, steps) for start, cells in _by_start(results).items()]
     return [replace(row, caught=caught(row, [other for other in rows if other.changes == row.changes])) for row in rows]
 
 
-def _row(start: Start, cells: Mapping[Cell, Mapping[str, Any]], steps: int) -> Row:
-    def final(lr: float) -> float:
-        return mean([_finite(result["after"]["valid"]) for cell, result in cells.items() if cell.lr == lr])
+def best_rates(results: Mapping[Cell, Mapping[str, Any]]) -> dict[Start, float]:
+    """The learning rate of the lowest validation loss after training, mean over the seeds that all rates of a start have."""
+    return {start: _best_rate(cells) for start, cells in _by_start(results).items()}
 
-    best = min(dict.fromkeys(cell.lr for cell in cells), key=final)
+
+def _best_rate(cells: Mapping[Cell, Mapping[str, Any]]) -> float:
+    seeds: dict[float, set[int]] = {}
+    for cell in cells:
+        seeds.setdefault(cell.lr, set()).add(cell.seed)
+    common = set.intersection(*seeds.values())
+
+    def final(lr: float) -> float:
+        return mean([_finite(one["after"]["valid"]) for cell, one in cells.items() if cell.lr == lr and cell.seed in common])
+
+    return min(seeds, key=final)
+
+
+def _by_start(results: Mapping[Cell, Mapping[str, Any]]) -> dict[Start, dict[Cell, Mapping[str, Any]]]:
+    found: dict[Start, dict[Cell, Mapping[str, Any]]] = {}
+    for cell, result in results.items():
+        found.setdefault(cell.start, {})[cell] = result
+    return found
+
+
+def _row(start: Start, best: float, cells: Mapping[Cell, Mapping[str, Any]], steps: int) -> Row:
     chosen = {cell.seed: result for cell, result in sorted(cells.items(), key=lambda item: item[0].seed) if cell.lr == best}
     found = list(chosen.values())
     after = {seed: result["after"]["test"] for seed, result in chosen.items()}

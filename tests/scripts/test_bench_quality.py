@@ -83,6 +83,18 @@ def names(methods: tuple[str, ...]) -> list[str]:
     return [Cell(2, method, lr, seed).name for method in methods for lr in RATES for seed in SEEDS]
 
 
+def test_the_rate_may_be_chosen_on_some_of_the_seeds(place):
+    words = ["--methods", "zero", "cloq", "--seeds", "0", "1", "2", "--lrs", "1e-3", "1e-4", "--rate-seeds", "1"]
+    out = run(place, *words, out="rates")
+    cells = {path.stem for path in (out / "cells").iterdir()}
+    rows = {row["method"]: row for row in json.loads((out / "results.json").read_text())["rows"]}
+    tried = {Cell(2, method, lr, 1).name for method in rows for lr in RATES}
+    assert cells == tried | {Cell(2, method, row["lr"], seed).name for method, row in rows.items() for seed in (0, 1, 2)}
+    assert all(row["after"].keys() == {"0", "1", "2"} for row in rows.values())
+    with pytest.raises(SystemExit, match="--rate-seeds are some of the --seeds"):
+        run(place, "--methods", "zero", "--seeds", "0", "--rate-seeds", "1", out="rates")
+
+
 def test_training_in_bfloat16_is_training_in_float32_but_for_rounding_and_another_cell(place):
     same = ["--methods", "cloq", "--seeds", "0"]
     found = {name: run(place, *same, "--precision", name, out=name) / "cells" / "2-cloq-lr0.0003-seed0.json" for name in ("fp32", "bf16")}

@@ -7,7 +7,7 @@ import math
 import pytest
 from quality.cells import Cell, Start
 from quality.methods import METHODS, are_rivals
-from quality.summary import caught, gap_closed, mean_curve, paired, perplexity, stderr, steps_until, summarize
+from quality.summary import best_rates, caught, gap_closed, mean_curve, paired, perplexity, stderr, steps_until, summarize
 
 STEPS = 10
 
@@ -80,6 +80,14 @@ def test_the_rate_is_chosen_by_the_validation_text_and_the_row_is_of_that_rate()
     [row] = summarize(cells, STEPS)
     assert row.lr == 1e-4 and row.after == {0: 1.5, 1: 1.5} and row.stderr == 0.0 and row.before == 4.0
     assert row.seconds_per_step == 2.0 and row.start == Start(2, "cloq")
+
+
+def test_the_rate_is_chosen_on_the_seeds_that_all_rates_have_and_the_row_has_all_seeds_of_that_rate():
+    """The other seed is hard for everybody: a mean over all that is there would choose the other rate."""
+    ended = {(1e-3, 0): 2.0, (1e-4, 0): 1.5, (1e-4, 1): 9.0}
+    cells = {Cell(2, "cloq", lr, seed): result(4.0, after) for (lr, seed), after in ended.items()}
+    [row] = summarize(cells, STEPS)
+    assert best_rates(cells) == {Start(2, "cloq"): 1e-4} and row.lr == 1e-4 and row.after == {0: 1.5, 1: 9.0}
 
 
 def test_a_curve_is_the_mean_over_seeds_at_common_steps_wherever_they_come_from():
