@@ -83,7 +83,7 @@ def _run(
     """held: closed behind the run."""
     from cloq.export import FORMATS, check_format, write_adapter, write_model
     from cloq.export.read import QuantizedFolder
-    from cloq.layers import plan_layers, predicted_layouts
+    from cloq.layers import foreseen, plan_layers, predicted_layouts
     from cloq.manifest import versions
     from cloq.models import locate
     from cloq.pipeline import quantize_blocks
@@ -106,7 +106,8 @@ def _run(
     decoder.check_streamable()  # encoders and what cannot be streamed, before any text is read
     given = processes.after_first(lambda: QuantizedFolder(locate(spec.quantized)) if spec.quantized else None)
     if given is None:
-        check_format(decoder, predicted_layouts(plan_layers(spec, decoder), decoder), FORMATS[form]())
+        layers = foreseen(spec, plan_layers(spec, decoder), decoder)
+        check_format(decoder, predicted_layouts(layers, decoder), FORMATS[form]())
     store = Store(out)
     processes.on_first(store.refuse_foreign)
     tokens = processes.on_first(lambda: draw_tokens(spec, decoder))

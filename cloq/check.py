@@ -185,8 +185,9 @@ def _finite(source: QuantizedFolder, layer: str) -> bool:
 
 def _symmetric(source: QuantizedFolder, layer: str) -> bool:
     reader, tensors = source.reader, source.small_tensors(layer)
-    zero = packing.unpack(tensors["qzeros"], reader.bits, tensors["scales"].shape[1])
-    middle = 2 ** (reader.bits - 1) - (1 if reader.version == 1 else 0)
+    bits, _ = reader.grid(layer)
+    zero = packing.unpack(tensors["qzeros"], bits, tensors["scales"].shape[1])
+    middle = 2 ** (bits - 1) - (1 if reader.version == 1 else 0)
     return bool((zero == middle).all())
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cloq.distributed import Processes
-from cloq.models import Decoder, linear_shape, squared_gradients
+from cloq.models import Decoder, followed, linear_shape, squared_gradients
 from cloq.specs import LayerSpec, RunSpec
 from cloq.store import Store
 
@@ -22,31 +22,43 @@ TOKENS = 12_288
 """Calibration tokens that the loss is followed back from."""
 
 
-def output_weights(
+def sampled(own: Tensor, processes: Processes) -> dict[int, int]:
+    """Of this process's calibration tokens `(sequences, length)`, those whose loss is followed back: number among all → row.
+
+    Of those of all processes some are taken at even distances, the same however many processes there are; the first process has some.
+    """
+    total = processes.total({"sequences": len(own)})["sequences"]
+    count = min(total, math.ceil(TOKENS / own.shape[1]))
+    taken = {number * total // count for number in range(count)}
+    return {number: row for row, number in enumerate(processes.share(torch.arange(total)).tolist()) if number in taken}
+
+
+def squared_gradients_of(
     spec: RunSpec, decoder: Decoder, layers: Mapping[str, LayerSpec], own: Tensor, store: Store, processes: Processes
 ) -> dict[str, Tensor]:  # fmt: skip
-    """`(1 − share) + share · h / mean(h)`, `(out,)`, by full name, `h` the squared gradients of a layer that has any; others count alike.
+    """The loss's squared gradients with respect to each output of the layers that are quantized, `(out,)` by full name: means over tokens.
 
-    own: this process's calibration tokens `(sequences, length)`. Of those of all processes some are taken at even distances, the same
-    however many processes there are. What was found is kept in the store, so that a continued run goes on with the same to the last bit.
+    own: this process's calibration tokens `(sequences, length)`. What was found is kept in the store, so that a continued run goes on with
+    the same to the last bit.
     """
     found = processes.on_first(store.kept_gradients)
     if found is None:
         names = [name for name in decoder.all_linears() if not layers[name].dense]
-        total = processes.total({"sequences": len(own)})["sequences"]
-        count = min(total, math.ceil(TOKENS / own.shape[1]))
-        taken = {number * total // count for number in range(count)}
-        mine = {number: row for row, number in enumerate(processes.share(torch.arange(total)).tolist()) if number in taken}
+        mine = sampled(own, processes)
         if mine:
             found = squared_gradients(decoder, own[[*mine.values()]], spec.batch_tokens, frozenset(names), [*mine])
         else:
             found = {name: torch.zeros(linear_shape(decoder.model.get_submodule(name))[0], device=decoder.device) for name in names}
         processes.add(found.values())
+        tokens = processes.total({"tokens": len(mine)})["tokens"] * followed(own.shape[1])
+        found = {name: squared / tokens for name, squared in found.items()}
         if processes.first:
             store.keep_gradients(found)
-    share, means = spec.fisher, {name: float(squared.mean()) for name, squared in found.items()}
-    return {
-        name: 1 - share + share / means[name] * squared.to(decoder.device)
-        for name, squared in found.items()
-        if 0 < means[name] < math.inf
-    }  # fmt: skip
+    return {name: squared.to(decoder.device) for name, squared in found.items()}
+
+
+def output_weights(squared: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+    """`(1 − share) + share · h / mean(h)`, `(out,)`, by full name, `h` the squared gradients of a layer that has any; of others all outputs
+    count alike."""
+    means = {name: float(values.mean()) for name, values in squared.items()}
+    return {name: 1 - share + share / means[name] * values for name, values in squared.items() if 0 < means[name] < math.inf}

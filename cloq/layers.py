@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 from cloq.errors import ModelError, SpecError
 from cloq.models import Decoder, linear_shape
-from cloq.specs import LayerSpec, RunSpec, layer_spec, matches
+from cloq.specs import LayerSpec, RunSpec, layer_spec, matches, ruled
 from cloq.types import WeightLayout
 
 
@@ -28,6 +30,20 @@ def plan_layers(spec: RunSpec, decoder: Decoder) -> dict[str, LayerSpec]:
     if all(layer.dense for layer in layers.values()):
         raise SpecError("--only, --skip and the rules leave no layer to quantize")
     return layers
+
+
+def foreseen(spec: RunSpec, layers: dict[str, LayerSpec], decoder: Decoder) -> dict[str, LayerSpec]:
+    """The layers of a run whose mean width is still to be spent, as if it were spent on layers of 2 bits and of 4 in turn: of the right
+    size altogether, and of several widths. Other runs' layers are as they are."""
+    found, weights, spent = dict(layers), 0, 0
+    for name, layer in layers.items():
+        if spec.mean_bits is not None and not layer.dense and not ruled(spec, name, "bits"):
+            size = math.prod(linear_shape(decoder.model.get_submodule(name)))
+            weights += size
+            width = 4 if spec.mean_bits * weights - spent >= 3 * size else 2
+            spent += width * size
+            found[name] = layer.replace(quant=layer.quant.replace(bits=width))
+    return found
 
 
 def predicted_layouts(layers: dict[str, LayerSpec], decoder: Decoder) -> dict[str, WeightLayout]:

@@ -26,9 +26,10 @@ def load(out: str | Path, trainable: bool = False, *, base: str | Path | None = 
 
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter, is_trainable=...)
 
-    but for five things: the base is checked first, because a missing tensor would abort the process; without a `dtype`, a
+    but for six things: the base is checked first, because a missing tensor would abort the process; without a `dtype`, a
     float16 base on a machine without a GPU is loaded as float32 (a CPU multiplies float16 some twenty times slower); a
-    compressed-tensors base with several widths is decoded at once, because PEFT cannot wrap what is still packed; quantized
+    compressed-tensors base with several widths is decoded at once, because PEFT cannot wrap what is still packed; the layers of a GPTQ
+    base with several widths each get their own (see `cloq.several_widths`), of which plain transformers knows nothing; quantized
     experts are layers of their own (see `cloq.experts_apart`), because plain transformers cannot load packed ones; and where
     trainable, packed layers keep no decoded weight for the backward pass (see `cloq.frozen`).
 
@@ -61,15 +62,16 @@ def load(out: str | Path, trainable: bool = False, *, base: str | Path | None = 
 
 def load_base(base: Path, adapted: Iterable[str] = (), **kwargs):
     """`AutoModelForCausalLM.from_pretrained(base, **kwargs)`, with experts taken apart where single ones are packed or among the layers
-    that are to get factors."""
+    that are to get factors, and every packed layer of its own width."""
     from transformers import AutoModelForCausalLM
 
     from cloq.experts_apart import load_experts_apart, names_experts
     from cloq.export.read import QuantizedFolder
+    from cloq.several_widths import each_its_width
 
-    if names_experts([*adapted, *QuantizedFolder(base).names]):
-        return load_experts_apart(base, **kwargs)
-    return AutoModelForCausalLM.from_pretrained(base, **kwargs)
+    load_plainly = AutoModelForCausalLM.from_pretrained
+    with each_its_width(base):
+        return (load_experts_apart if names_experts([*adapted, *QuantizedFolder(base).names]) else load_plainly)(base, **kwargs)
 
 
 def _check(base: Path, quantization: dict[str, Any], trust_remote_code: bool) -> None:

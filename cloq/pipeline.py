@@ -24,7 +24,7 @@ from cloq.capture import statistics, top_up_experts
 from cloq.distributed import ALONE, Processes, shared_out
 from cloq.drift import Drift, corrected
 from cloq.errors import ModelError, SpecError
-from cloq.fisher import output_weights
+from cloq.fisher import output_weights, squared_gradients_of
 from cloq.layers import plan_layers
 from cloq.manifest import manifest
 from cloq.memory import in_smaller_batches, is_out_of_memory, spare_memory
@@ -32,12 +32,13 @@ from cloq.models import Batch, Decoder, Forwards, Kind, Kinds, Reference, Room, 
 from cloq.solve import solve_layer
 from cloq.specs import LayerSpec, RunSpec
 from cloq.store import Store, differences
+from cloq.survey import budgeted
 from cloq.types import GivenBase, LayerResult, LayerStats
 
 Emit = Callable[[str, dict[str, Any]], None]
 """Receives what happens, as a name and plain values: `damaged`, `memory`, `start`, `replay`, `layer`, `block`, `phase`, `done`."""
 
-FORWARDS = ("embed", "gradients", "capture", "propagate")
+FORWARDS = ("embed", "gradients", "survey", "capture", "propagate")
 """Phases whose memory grows with the micro-batch."""
 
 
@@ -114,7 +115,7 @@ class _Block:
 
 @dataclass(frozen=True, eq=False)
 class _Loop:
-    """What all blocks of a run have in common, and what is done with one of them."""
+    """What all blocks of a run have in common, and what is done with one of them. outputs: what those of a layer count, by its name."""
 
     spec: RunSpec
     decoder: Decoder
@@ -124,6 +125,7 @@ class _Loop:
     processes: Processes
     clock: _Clock
     emit: Emit
+    outputs: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
     def run(self, tokens: CalibrationTokens) -> None:
         """From the first block that is not stored. tokens: this process's own."""
@@ -132,10 +134,7 @@ class _Loop:
         total = len(decoder.blocks)
         last = max(i for i in range(total) if any(not self.layers[name].dense for name in decoder.linears(i)))  # its output nobody needs
         self.emit("start", {"blocks": total, "finished": done, "layers": sum(not layer.dense for layer in self.layers.values())})
-        outputs: dict[str, Tensor] = {}
-        if self.spec.weighs_outputs and done < total:
-            with clock("gradients"):
-                outputs = output_weights(self.spec, decoder, self.layers, tokens.calibration, self.store, self.processes)
+        loop = self if done == total else self._informed(tokens)
         with clock("embed"):
             streams = self._entered(tokens)
         kinds, spare = Kinds(decoder, self.spec.corrects, self.processes.on_first), spare_memory(decoder.device, self.processes.here)
@@ -144,13 +143,13 @@ class _Loop:
             with clock("load"):
                 decoder.load_block(index)
             with clock("capture"):
-                block = self._block(index, streams, kinds.of(index, streams.calibration), Room(spare))
+                block = loop._block(index, streams, kinds.of(index, streams.calibration), Room(spare))
             if index < done:
                 stored = self.processes.exchange(self.store.read(index) if self.processes.first else {}, decoder.device)
                 self._apply(stored, block)
                 self.emit("replay", {"block": index, "blocks": total})
             else:
-                results = self._solve_block(block, streams.reference, outputs)
+                results = loop._solve_block(block, streams.reference)
                 with clock("store"):
                     if self.processes.first:
                         self.store.write(index, results)
@@ -161,6 +160,20 @@ class _Loop:
             del block
             decoder.drop_block(index)
             self.emit("block", {"block": index, "blocks": total, "seconds": time.perf_counter() - started, "replayed": index < done})
+
+    def _informed(self, tokens: CalibrationTokens) -> _Loop:
+        """The same with what the run asks for of the loss: what outputs count, and widths and ranks where they are spent best."""
+        spec, decoder = self.spec, self.decoder
+        if not spec.follows_back:
+            return self
+        with self.clock("gradients"):
+            squared = squared_gradients_of(spec, decoder, self.layers, tokens.calibration, self.store, self.processes)
+        layers = self.layers
+        if spec.spends:
+            with self.clock("survey"):
+                layers = budgeted(spec, decoder, layers, tokens.calibration, squared, self.store, self.processes, self.given)
+        outputs = output_weights(squared, spec.fisher) if spec.weighs_outputs else {}
+        return dataclasses.replace(self, layers=layers, outputs=outputs)
 
     def _entered(self, tokens: CalibrationTokens) -> _Streams:
         """What the first block is given; of several processes some may have no tokens."""
@@ -183,7 +196,7 @@ class _Loop:
             streams.reference.enter(index, linears, kind, room)
         return _Block(index, linears, calibration, heldout)
 
-    def _solve_block(self, block: _Block, reference: Reference | None, outputs: dict[str, Tensor]) -> dict[str, LayerResult]:
+    def _solve_block(self, block: _Block, reference: Reference | None) -> dict[str, LayerResult]:
         """One forward per round; later rounds see the layers of earlier ones already quantized."""
         decoder, processes, linears = self.decoder, self.processes, block.linears
         wanted = {name: module for name, module in linears.items() if not self.layers[name].dense}
@@ -206,7 +219,7 @@ class _Loop:
                 own = [name for name in group if owner[name] == processes.rank]
                 for name in own:
                     with self.clock("solve"):
-                        weighted = seen.for_outputs(outputs.get(name))
+                        weighted = seen.for_outputs(self.outputs.get(name))
                         results[name] = self._solve_layer(name, linears[name], weighted, held, drifts.pop(name, None))
                     self._tell(block, name, results[name])
                 del seen, held

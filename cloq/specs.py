@@ -35,8 +35,8 @@ QUANTIZER_SETTINGS = {
 INITIALIZER_SETTINGS = {"split": ("cloq",), "rounds": ("cloq",), "iterations": ("loftq",)}
 """Settings of `LoraSpec` that not every initializer has → those that do."""
 
-_FISHER = {"fisher": ("cloq",)}
-"""The run's setting that is for some initializers only."""
+RUN_SETTINGS = {"fisher": ("cloq",), "adaptive_rank": ("cloq",)}
+"""Settings of `RunSpec` that are for some initializers only → those."""
 
 EFFORTS: dict[str, dict[str, Any]] = {
     "published": {"rounds": 0, "correction": 0.0, "fisher": 0.0},
@@ -255,6 +255,9 @@ class RunSpec(Spec):
         published method. Where later layers are calibrated on the original's outputs there is nothing to make up for.
     fisher: share of what an output counts for CLoQ's factors that is how much the loss depends on it (see `cloq.fisher`); the rest is the
         same for all. 0 is the published method, and needs no backward pass.
+    mean_bits: what weights get on average, of 2, 3 and 4 bits, in place of the width in `quant`; each layer gets what lowers the loss the
+        most (see `cloq.survey`). Layers that share an input, which servers hold as one, get the same width.
+    adaptive_rank: the rank is what layers get on average, in parameters of the factors; each gets what lowers the loss the most.
     device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`. batch_tokens: tokens per forward.
     trust_remote_code: run Python code that comes with the model. Off, and never needed by the families that are tested.
     """
@@ -272,6 +275,8 @@ class RunSpec(Spec):
     sequential: bool = True
     correction: float = 0.5
     fisher: float = 0.0
+    mean_bits: float | None = None
+    adaptive_rank: bool = False
     device: str = "auto"
     batch_tokens: int = 4096
     trust_remote_code: bool = False
@@ -285,9 +290,16 @@ class RunSpec(Spec):
         )
         require(0 <= self.correction <= 1, f"correction is {self.correction}; it is a share between 0 (off) and 1")
         require(0 <= self.fisher < 1, f"fisher is {self.fisher}; it is a share from 0 (off) to below 1")
+        for name, owners in RUN_SETTINGS.items():
+            require(
+                self.lora.init in owners or not getattr(self, name),
+                f"{name} is {getattr(self, name)}, which init {self.lora.init!r} makes no use of; leave it out, or use --init cloq",
+            )
+        mean = self.mean_bits
+        require(mean is None or 2 <= mean <= 4, f"the mean width is {mean} bits; it is made of 2, 3 and 4 bits, so it lies between 2 and 4")
+        require(mean is None or self.quant.quantizer != "nf4", "nf4 has 4 bits and no others; leave the mean width out, or use gptq or rtn")
         require(
-            self.lora.init in _FISHER["fisher"] or self.fisher == 0,
-            f"fisher is {self.fisher}, which init {self.lora.init!r} makes no use of; leave it out, or use --init cloq",
+            mean is None or self.quantized is None, f"the mean width is {mean} bits, but the base is given and has its own; leave it out"
         )
         require(self.batch_tokens >= 1, f"batch_tokens is {self.batch_tokens}; it must be at least 1")
 
@@ -300,6 +312,16 @@ class RunSpec(Spec):
     def weighs_outputs(self) -> bool:
         """Whether the factors are to know how much the loss depends on each output."""
         return self.fisher > 0
+
+    @property
+    def spends(self) -> bool:
+        """Whether widths or ranks are means, to be spent where the loss depends on them most."""
+        return self.mean_bits is not None or self.adaptive_rank
+
+    @property
+    def follows_back(self) -> bool:
+        """Whether the loss's gradients are asked for."""
+        return self.weighs_outputs or self.spends
 
     @property
     def one_by_one(self) -> bool:
@@ -328,11 +350,16 @@ def layer_spec(run: RunSpec, name: str) -> LayerSpec:
     return LayerSpec(quant, rank, dense)
 
 
+def ruled(run: RunSpec, name: str, setting: str) -> bool:
+    """Whether a rule says what this setting (`bits`, `rank`, …) is for a module."""
+    return any(getattr(rule, setting) is not None for rule in run.rules if matches(rule.match, name))
+
+
 FLAT = {
     **{
         name: ("", name)
         for name in (
-            *("model", "revision", "quantized", "propagate", "sequential", "correction", "fisher"),
+            *("model", "revision", "quantized", "propagate", "sequential", "correction", "fisher", "mean_bits", "adaptive_rank"),
             *("device", "batch_tokens", "trust_remote_code"),
         )
     },
@@ -352,6 +379,7 @@ def run_spec(base: RunSpec | None = None, effort: str | None = None, **settings:
     """A `RunSpec` from flat settings (`bits=2, calib="c4"`), on top of `base` or of the defaults. Unknown names raise `SpecError`.
 
     effort: one of `EFFORTS`, whose settings lie between the two: those that the initializer has and `settings` does not name.
+    bits: a fraction, such as 2.5, is the mean width; a whole number is every layer's, whatever mean `base` has.
     """
     unknown = sorted(set(settings) - set(FLAT))
     require(not unknown, f"unknown setting {', '.join(map(repr, unknown))}; known: effort, {', '.join(FLAT)}")
@@ -359,7 +387,12 @@ def run_spec(base: RunSpec | None = None, effort: str | None = None, **settings:
     if effort is not None:
         one_of("effort", effort, tuple(EFFORTS))
         init = settings.get("init", values["lora"]["init"])
-        settings = {k: v for k, v in EFFORTS[effort].items() if init in (INITIALIZER_SETTINGS | _FISHER).get(k, (init,))} | settings
+        settings = {k: v for k, v in EFFORTS[effort].items() if init in (INITIALIZER_SETTINGS | RUN_SETTINGS).get(k, (init,))} | settings
+    bits = settings.get("bits")
+    if isinstance(bits, float):
+        settings = {k: v for k, v in settings.items() if k != "bits"} | ({"bits": int(bits)} if bits.is_integer() else {"mean_bits": bits})
+    if "bits" in settings:
+        settings = {"mean_bits": None} | settings
     for name, value in settings.items():
         section, key = FLAT[name]
         if key in ("only", "skip") and isinstance(value, str):

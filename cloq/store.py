@@ -3,6 +3,7 @@
 OUT/.cloq/manifest.json         what the run is: settings, versions, fingerprints of the model and of the calibration tokens
 OUT/.cloq/blocks/00007.safetensors   one finished block: packed codes, scales, zero points, factors; metrics and a checksum in its header
 OUT/.cloq/gradients.safetensors  how much the loss depends on each layer's outputs, where the run asks for it
+OUT/.cloq/survey.safetensors     what each layer's rounding costs the loss, by width and rank, where the run has means to spend
 OUT/.cloq/batch.json            sequences to a forward, where memory did not suffice for as many as were asked for
 OUT/.cloq/lock                  held while a run writes here
 
@@ -44,6 +45,7 @@ from cloq.types import (
 FOLDER = ".cloq"
 BATCH_FILE = "batch.json"
 GRADIENTS_FILE = "gradients.safetensors"
+SURVEY_FILE = "survey.safetensors"
 
 
 class RunFolder:
@@ -186,17 +188,33 @@ class Store(RunFolder):
 
     def keep_gradients(self, squared: dict[str, Tensor]) -> None:
         """Squared gradients by layer: every continuation goes on with the same."""
-        tensors = {name: value.cpu().contiguous() for name, value in squared.items()}
-        with writing(self.out):
-            write_tensors(self.folder / GRADIENTS_FILE, tensors, {"gradients": json.dumps({"sha256": BLANK})}, seal)
+        self._keep(GRADIENTS_FILE, squared, None)
 
     def kept_gradients(self) -> dict[str, Tensor] | None:
         """`None` where there are none, or not as they were written: then they are found again."""
-        path = self.folder / GRADIENTS_FILE
+        kept = self._kept(GRADIENTS_FILE)
+        return kept[0] if kept else None
+
+    def keep_survey(self, losses: dict[str, Tensor], tied: list[list[str]]) -> None:
+        """What `cloq.survey` found: every continuation chooses from the same."""
+        self._keep(SURVEY_FILE, losses, tied)
+
+    def kept_survey(self) -> tuple[dict[str, Tensor], list[list[str]]] | None:
+        """`None` as of `kept_gradients`."""
+        return self._kept(SURVEY_FILE)
+
+    def _keep(self, file: str, tensors: dict[str, Tensor], about: Any) -> None:
+        tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
+        with writing(self.out):
+            write_tensors(self.folder / file, tensors, {"about": json.dumps({"sha256": BLANK, "about": about})}, seal)
+
+    def _kept(self, file: str) -> tuple[dict[str, Tensor], Any] | None:
+        path = self.folder / file
         try:
             verify(path)
-            with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            with safe_open(path, framework="pt") as stored:
+                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - no mapping
+                return tensors, json.loads(stored.metadata()["about"])["about"]
         except (DamageError, SafetensorError, OSError):
             return None
 

@@ -16,7 +16,8 @@ from cloq.errors import SpecError
 from cloq.specs import EFFORTS, FLAT, INITIALIZER_NAMES, PROPAGATE, QUANTIZER_NAMES, SPLIT_NAMES, RunSpec, run_spec
 
 HELP = {
-    "bits": "Bits per weight: 2, 3, 4 or 8.",
+    "bits": "Bits per weight: 2, 3, 4 or 8; or a mean of 2, 3 and 4, such as 2.5, spent where the loss depends on it.",
+    "mean_bits": "The same for a mean that is a whole number: 3 of 2, 3 and 4 bits.",
     "group_size": "Columns that share a scale: 32, 64, 128, or 'channel'.",
     "quantizer": f"{', '.join(QUANTIZER_NAMES)}.",
     "symmetric": "Symmetric grid, zero point in the middle.",
@@ -28,6 +29,7 @@ HELP = {
     "static_groups": "GPTQ: scales from the original weight, in the original order.",
     "init": f"How the factors are found: {', '.join(INITIALIZER_NAMES)}.",
     "rank": "Rank of the factors.",
+    "adaptive_rank": "CLoQ: the rank is a mean, spent where the loss depends on it; as many parameters in all.",
     "split": f"How the product is split into A and B: {', '.join(SPLIT_NAMES)}.",
     "rounds": "CLoQ: how often the codes are chosen again for what the factors will undo; 0 is the paper's method.",
     "loftq_iterations": "Rounds of LoftQ's alternation.",
@@ -96,12 +98,14 @@ def _flag(name: str) -> Flag:
     default = RunSpec()
     value = getattr(getattr(default, section) if section else default, key)
     kind, shown = type(value), str(value)
-    if name == "group_size":
+    if name == "bits":
+        kind = float
+    elif name == "group_size":
         kind = str
     elif isinstance(value, tuple):
         kind, shown = list[str], False
     elif value is None:
-        kind, shown = float if name == "magr_alpha" else str, False
+        kind, shown = float if name in ("magr_alpha", "mean_bits") else str, False
     return Flag(name, kind, HELP[name], shown, _PANELS[section])
 
 
@@ -125,7 +129,7 @@ with_settings = with_flags([_EFFORT, *map(_flag, HELP)], _converted)
 
 
 def _quantizes(name: str) -> bool:
-    return (name in FLAT and FLAT[name][0] == "quant") or name == "rounds"
+    return (name in FLAT and FLAT[name][0] == "quant") or name in ("rounds", "mean_bits")
 
 
 def _refuse_quantizing(name: str, value: Any) -> None:
@@ -159,7 +163,8 @@ def default_out(spec: RunSpec) -> Path:
     """`./<model>-<bits>bit-<init>`, where no folder was named, or `./<base>-<init>` for a base that is given."""
     if spec.quantized:
         return Path(f"{Path(spec.quantized).name.lower()}-{spec.lora.init}")
-    return Path(f"{Path(spec.model).name.lower()}-{spec.quant.bits}bit-{spec.lora.init}")
+    bits = spec.quant.bits if spec.mean_bits is None else spec.mean_bits
+    return Path(f"{Path(spec.model).name.lower()}-{bits:g}bit-{spec.lora.init}")
 
 
 __all__ = ["HELP", "Flag", "default_out", "resolve", "with_flags", "with_settings", "with_settings_of_factors"]

@@ -45,6 +45,12 @@ class Container:
                     f"{name} has {layout.shape[1]} inputs, which groups of {layout.group_size} do not divide, and no server "
                     "takes that; quantize with --group-size 32 or channel, or use --format gptq or dense"
                 )
+        sizes = {layout.group_size for layout in contents.layouts.values() if layout.kind == "integer"}
+        if len(sizes) > 1:
+            named = ", ".join(str(size or "a channel") for size in sorted(sizes, key=str))
+            raise ExportError(
+                f"this run has groups of {named}, and a container has one group size; use --format gptq, compressed-tensors or dense"
+            )
         gptq.Gptq().check(dataclasses.replace(contents, layouts={n: _recoded_layout(v) for n, v in contents.layouts.items()}))
 
     def tensors(self, name: str, weight: AnyQuantizedWeight, contents: Contents) -> dict[str, Tensor]:

@@ -9,14 +9,20 @@ Per linear layer with in = K, out = N, group size G and b bits:
     W[n, k] = (code − zero) · scale
 
 Written as `checkpoint_format: gptq_v2`, which stores zero points as they are; v1 (`gptq`) stores zero − 1 and cannot hold an
-asymmetric 0. One width and one group size per folder: readers know only those of config.json. The library multiplies in float16,
-the precision of the scales, so what it computes with is float16(W), whatever precision the rest of the model is in.
+asymmetric 0. The library multiplies in float16, the precision of the scales, so what it computes with is float16(W), whatever precision
+the rest of the model is in.
+
+Layers whose width or group size is not that of config.json stand in its `dynamic`, GPTQModel's table of patterns and what is different for
+the modules that they match. GPTQModel and servers read it; transformers does not and fails on such a folder, so `cloq.load` gives each
+layer its width (`cloq.several_widths`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -27,7 +33,7 @@ from cloq import __version__, packing
 from cloq.errors import ExportError
 from cloq.export.format import FLOATS, Contents, ExpertsStored, StoredLayer, TensorSpec
 from cloq.models import is_conv1d
-from cloq.types import AnyQuantizedWeight, QuantizedWeight
+from cloq.types import AnyQuantizedWeight, QuantizedWeight, WeightLayout
 
 BITS = (2, 3, 4, 8)
 
@@ -49,20 +55,38 @@ class Gptq:
                     f"{name} is {layout.shape}, and GPTQ packs outputs and inputs in multiples of 32. Leave it dense with "
                     f"--skip {name.rsplit('.', 1)[-1]}, or use --format compressed-tensors or dense"
                 )
-        widths = {(layout.bits, layout.group_size) for layout in contents.layouts.values()}
-        if len(widths) > 1:
-            named = ", ".join(f"{bits} bits in groups of {size or 'a channel'}" for bits, size in sorted(widths, key=str))
-            raise ExportError(
-                f"GPTQ files have one width and group size, this run has {named}; use --format compressed-tensors, container or dense"
-            )
 
     def tensors(self, name: str, weight: AnyQuantizedWeight, contents: Contents) -> dict[str, Tensor]:
         return encode(weight)
 
     def quantization_config(self, contents: Contents) -> dict[str, Any]:
-        first = next(iter(contents.layouts.values()))
+        grids = Counter(_grid(layout) for layout in contents.layouts.values())
+        common = max(grids, key=lambda grid: grids[grid])  # the first of equals
         symmetric = all(layout.symmetric for layout in contents.layouts.values())
-        return config(first.bits, first.group_size, symmetric, contents)
+        others = _patterns({name: grid for name, layout in contents.layouts.items() if (grid := _grid(layout)) != common})
+        return config(*common, symmetric, contents) | ({"dynamic": others} if others else {})
+
+
+def _grid(layout: WeightLayout) -> tuple[int, int | None]:
+    return layout.bits, layout.group_size
+
+
+_HELD_AS_ONE = ((("q_proj", "k_proj", "v_proj"), "qkv_proj"), (("gate_proj", "up_proj"), "gate_up_proj"))
+"""Layers that servers put together, and what they call them; a pattern has to match that name too."""
+
+
+def _patterns(grids: Mapping[str, tuple[int, int | None]]) -> dict[str, dict[str, int]]:
+    """`dynamic` for these layers: a pattern for those of one module that are alike."""
+    alike: dict[tuple[str, int, int | None], list[str]] = {}
+    for name, grid in grids.items():
+        parent, _, leaf = name.rpartition(".")
+        alike.setdefault((parent, *grid), []).append(leaf)
+    found = {}
+    for (parent, bits, size), leaves in alike.items():
+        together = [fused for parts, fused in _HELD_AS_ONE if set(parts) <= set(leaves)]
+        pattern = rf"+:^{re.escape(parent)}\.({'|'.join(map(re.escape, [*leaves, *together]))})$"
+        found[pattern] = {"bits": bits, "group_size": -1 if size is None else size}
+    return found
 
 
 def config(bits: int, group_size: int | None, symmetric: bool, contents: Contents) -> dict[str, Any]:
@@ -133,14 +157,18 @@ def zeros_v1_to_v2(qzeros: Tensor, bits: int) -> Tensor:
 
 @dataclass(frozen=True)
 class GptqReader:
-    """Reads GPTQ v1 and v2 as transformers does through optimum and GPTQModel. modules: ends of the names of quantized layers,
-    `None` for every linear layer in the blocks."""
+    """Reads GPTQ v1 and v2 as transformers does through optimum and GPTQModel.
+
+    bits, group_size: of layers that no pattern of `dynamic` matches. modules: ends of the names of quantized layers, `None` for every
+    linear layer in the blocks. dynamic: patterns, the first that matches a name wins, and the width and group size of its layers.
+    """
 
     bits: int
     group_size: int | None
     version: int
     blocks: str | None = None
     modules: tuple[str, ...] | None = None
+    dynamic: tuple[tuple[str, int, int | None], ...] = ()
     marker: ClassVar[str] = "qweight"
 
     @classmethod
@@ -150,19 +178,23 @@ class GptqReader:
         form = get("checkpoint_format") or get("format") or "gptq"
         if bits not in BITS or form not in ("gptq", "gptq_v2"):
             raise ExportError(f"this GPTQ base has {bits} bits in the format {form!r}; read are 2, 3, 4, 8 bits in gptq and gptq_v2")
-        if any(not key.startswith("-:") for key in get("dynamic") or {}):
+        dynamic = tuple(_override(key, values, bits, group_size) for key, values in (get("dynamic") or {}).items() if key[:2] != "-:")
+        if dynamic and form == "gptq":
             raise ExportError(
-                "this GPTQ base sets widths per module (dynamic), which transformers ignores, so PEFT cannot train on it; use another base"
+                "this GPTQ base has several widths (dynamic) in the old format (v1), which is not read; convert it to gptq_v2"
             )
         blocks, modules = get("block_name_to_quantize"), get("modules_in_block_to_quantize")
         if modules is not None:
             modules = tuple(name for group in modules for name in ([group] if isinstance(group, str) else group))
-        group_size = None if group_size == -1 else group_size
-        if not (group_size is None or (type(group_size) is int and group_size > 0)) or not all(isinstance(n, str) for n in modules or ()):
-            raise TypeError("group_size is a number of columns or -1, and modules are named by text")
+        if not all(isinstance(n, str) for n in modules or ()):
+            raise TypeError("modules are named by text")
         if not isinstance(blocks, str | None):
             raise TypeError("block_name_to_quantize is text")
-        return cls(bits, group_size, 2 if form == "gptq_v2" else 1, blocks, modules)
+        return cls(bits, _group_size(group_size), 2 if form == "gptq_v2" else 1, blocks, modules, dynamic)
+
+    def grid(self, name: str) -> tuple[int, int | None]:
+        """Width and group size of a layer."""
+        return next(((bits, size) for pattern, bits, size in self.dynamic if re.match(pattern, name)), (self.bits, self.group_size))
 
     def layers(self, model: nn.Module) -> set[str]:
         blocks = self.blocks or _usual_blocks(model)
@@ -182,34 +214,59 @@ class GptqReader:
         return None
 
     def specs(self, name: str, shape: tuple[int, int]) -> dict[str, TensorSpec]:
-        rows, columns = shape
-        groups = math.ceil(columns / (self.group_size or columns))
+        (rows, columns), (bits, group_size) = shape, self.grid(name)
+        groups = math.ceil(columns / (group_size or columns))
         return {
-            "qweight": TensorSpec((math.ceil(columns * self.bits / 32), rows), (torch.int32,)),
-            "qzeros": TensorSpec((groups, math.ceil(rows * self.bits / 32)), (torch.int32,)),
+            "qweight": TensorSpec((math.ceil(columns * bits / 32), rows), (torch.int32,)),
+            "qzeros": TensorSpec((groups, math.ceil(rows * bits / 32)), (torch.int32,)),
             "scales": TensorSpec((groups, rows), FLOATS),
             "g_idx": TensorSpec((columns,), (torch.int32,)),
         }
 
     def shape(self, layer: StoredLayer) -> tuple[int, int]:
         words, rows = layer.shape("qweight")
-        return rows, layer.shape("g_idx")[0] if "g_idx" in layer.suffixes else words * 32 // self.bits
+        return rows, layer.shape("g_idx")[0] if "g_idx" in layer.suffixes else words * 32 // self.grid(layer.name)[0]
 
     def decode(self, layer: StoredLayer) -> QuantizedWeight:
-        specs = self.specs(layer.name, self.shape(layer))
+        specs, (bits, group_size) = self.specs(layer.name, self.shape(layer)), self.grid(layer.name)
         tensors = {suffix: layer.read(suffix) for suffix in specs if suffix != "g_idx" or suffix in layer.suffixes}
         for suffix, tensor in tensors.items():
             if tuple(tensor.shape) != specs[suffix].shape:
                 raise ExportError(
-                    f"{layer.name}.{suffix} is {tuple(tensor.shape)}, which is not what {self.bits} bits in groups of "
-                    f"{self.group_size or 'a channel'} need ({specs[suffix].shape}); config.json and the tensors disagree"
+                    f"{layer.name}.{suffix} is {tuple(tensor.shape)}, which is not what {bits} bits in groups of "
+                    f"{group_size or 'a channel'} need ({specs[suffix].shape}); config.json and the tensors disagree"
                 )
         if self.version == 1:
-            tensors["qzeros"] = zeros_v1_to_v2(tensors["qzeros"], self.bits)
+            tensors["qzeros"] = zeros_v1_to_v2(tensors["qzeros"], bits)
         groups = len(tensors["scales"])
         if "g_idx" in tensors and not 0 <= int(tensors["g_idx"].min()) <= int(tensors["g_idx"].max()) < groups:
             raise ExportError(f"{layer.name}.g_idx names groups outside of 0…{groups - 1}; the file is damaged: export it again")
-        return decode(tensors, self.bits, self.group_size)
+        return decode(tensors, bits, group_size)
+
+
+def _group_size(value: Any) -> int | None:
+    if value == -1:
+        return None
+    if value is not None and not (type(value) is int and value > 0):
+        raise TypeError("group_size is a number of columns or -1")
+    return value
+
+
+def _override(pattern: str, values: dict[str, Any], bits: int, group_size: Any) -> tuple[str, int, int | None]:
+    """An entry of `dynamic`: what it does not say is as for the others."""
+    unknown = sorted(set(values) - {"bits", "group_size", "sym", "desc_act"})
+    width, size = values.get("bits", bits), _group_size(values.get("group_size", group_size))
+    if unknown or width not in BITS:
+        what = f"sets {', '.join(unknown)}" if unknown else f"has {width} bits"
+        raise ExportError(
+            f"this GPTQ base {what} for the modules {pattern!r} (dynamic); read are widths of 2, 3, 4, 8 bits and group sizes"
+        )
+    pattern = pattern.removeprefix("+:")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ExportError(f"{pattern!r}, a pattern in this GPTQ base's dynamic, is no regular expression ({error})") from error
+    return pattern, width, size
 
 
 def _initialization_needs(model: nn.Module, parent: nn.Module, child: str) -> bool:

@@ -22,6 +22,11 @@ LENGTH = 512
 """Tokens of a sequence at most: all logits of one are in memory at a time."""
 
 
+def followed(length: int) -> int:
+    """Tokens of a sequence of this length whose loss is followed back: whole pieces of `LENGTH`."""
+    return length // min(LENGTH, length) * min(LENGTH, length)
+
+
 def squared_gradients(
     decoder: Decoder, tokens: Tensor, batch_tokens: int, wanted: Container[str], numbers: Sequence[int] | None = None
 ) -> dict[str, Tensor]:  # fmt: skip
@@ -35,7 +40,7 @@ def squared_gradients(
     that are not finite.
     """
     length = min(LENGTH, tokens.shape[1])
-    pieces = tokens.shape[1] // length
+    pieces = followed(tokens.shape[1]) // length
     tokens = tokens[:, : pieces * length].reshape(-1, length)
     seeds = [number * pieces + piece for number in numbers or range(len(tokens) // pieces) for piece in range(pieces)]
     batches = decoder.enter(tokens, batch_tokens)

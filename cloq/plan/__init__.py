@@ -12,6 +12,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from cloq import survey
 from cloq.memory import spare_memory
 from cloq.models import Decoder, linear_shape
 from cloq.plan import algebra, rounds, storage
@@ -113,9 +114,9 @@ def plan(spec: RunSpec, decoder: Decoder, machine: Machine | None = None, spare:
 
     Raises what `layers.plan_layers` raises: patterns that name nothing, nothing left to quantize, experts that cannot be taken apart.
     """
-    from cloq.layers import plan_layers
+    from cloq.layers import foreseen, plan_layers
 
-    specs = plan_layers(spec, decoder)
+    specs = foreseen(spec, plan_layers(spec, decoder), decoder)
     shapes = {name: linear_shape(m) for index in range(len(decoder.blocks)) for name, m in decoder.linears(index).items()}
     chosen = {name: layer for name, layer in specs.items() if not layer.dense}
     forwards, note = block_forwards(decoder, spec.calib.seq_len)
@@ -160,10 +161,14 @@ def _phases(
     calib = spec.calib
     sequences, tokens = calib.samples + calib.heldout_samples, (calib.samples + calib.heldout_samples) * calib.seq_len
     beside = spec.corrects  # the original model's own activations, which only the calibration tokens have
-    phases = {name: Work() for name in ("embed", "gradients", "load", "capture", "solve", "apply", "store", "propagate", "export")}
+    phases = {
+        name: Work() for name in ("embed", "gradients", "survey", "load", "capture", "solve", "apply", "store", "propagate", "export")
+    }
     phases["embed"] = (1 + beside) * Work(disk=3 * sizes.outer, streamed=8.0 * tokens * storage.width(decoder))
-    if spec.weighs_outputs:
+    if spec.follows_back:
         phases["gradients"] = _gradients(spec, decoder, forwards, sizes)
+    if spec.spends:
+        phases["survey"] = _survey(spec, decoder, chosen, shapes, forwards, sizes)
     last = max(index for index in range(len(forwards)) if any(name in chosen for name in decoder.linears(index)))
     for index, forward in enumerate(forwards):
         prefix = decoder.block_name(index) + "."
@@ -207,6 +212,31 @@ def _gradients(spec: RunSpec, decoder: Decoder, forwards: list[BlockForward], si
     config = decoder.config.get_text_config()
     head = Work(products=2 * 2.0 * storage.followed_back(spec) * config.vocab_size * config.hidden_size)
     return blocks + head + Work(disk=2.0 * sizes.original)
+
+
+def _survey(
+    spec: RunSpec, decoder: Decoder, chosen: dict[str, LayerSpec], shapes: dict[str, storage.Shape], forwards: list[BlockForward],
+    sizes: storage.Sizes,
+) -> Work:  # fmt: skip
+    """Every block forwards, once for each of its rounds and once more; a layer rounded and decomposed at each width that it may get."""
+    tokens = storage.followed_back(spec)
+    work = Work(disk=sizes.original)
+    for index, forward in enumerate(forwards):
+        prefix = decoder.block_name(index) + "."
+        groups = [[prefix + name for name in group.names if prefix + name in chosen] for group in forward.groups]
+        groups = [names for names in groups if names]
+        captured, onwards = rounds.forwards(
+            forward, [[name.removeprefix(prefix) for names in together for name in names] for together in decoder.rounds(groups, True)],
+            (), original=True, to_sums=False,
+        )  # fmt: skip
+        work += tokens / spec.calib.seq_len * (captured + onwards)
+        for names in groups:
+            work += algebra.gram(shapes[names[0]][1], tokens)
+            for name in names:
+                widths, ranks = survey.possible(spec, name, chosen[name], shapes[name])
+                quantized = Work() if spec.quantized else algebra.quantize(shapes[name], chosen[name].quant)
+                work += len(widths) * (quantized + algebra.top_eigenvectors(shapes[name], max(ranks), whole_gram=True))
+    return work
 
 
 def _operations(work: Work) -> str:

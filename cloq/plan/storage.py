@@ -110,7 +110,7 @@ def peak_memory(
     }
     solving = {"activations": activations} | _solving(spec, decoder, chosen, shapes, forwards, spare)
     exporting = {"a shard being written": 2.0 * max(min(sizes.base, SHARD_BYTES), sizes.adapter)}
-    moments = (entering, solving, exporting, *([following] if spec.weighs_outputs else []))
+    moments = (entering, solving, exporting, *([following] if spec.follows_back else []))
     fullest = max(moments, key=lambda parts: sum(parts.values()))
     return {"process": int(PROCESS)} | {name: int(value) for name, value in fullest.items()}
 

@@ -65,11 +65,17 @@ def test_the_fingerprint_is_of_tensors_and_of_how_they_are_read(tmp_path):
     assert QuantizedFolder(folder).fingerprint() != first
 
 
+MIXED = {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v2"}
 UNREADABLE = [
     ({"quant_method": "awq", "bits": 4}, "quantized with 'awq'; read are gptq, bitsandbytes, compressed-tensors"),
     ({"quant_method": "gptq", "bits": 5}, "has 5 bits in the format 'gptq'"),
     ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "in the format 'marlin'"),
-    ({"quant_method": "gptq", "bits": 4, "dynamic": {"+:.*down.*": {"bits": 8}}}, "sets widths per module (dynamic)"),
+    ({"quant_method": "gptq", "bits": 4, "dynamic": {"+:.*down.*": {"bits": 8}}}, "several widths (dynamic) in the old format"),
+    (MIXED | {"dynamic": {"+:.*down.*": {"bits": 5}}}, "has 5 bits for the modules '+:.*down.*'"),
+    (MIXED | {"dynamic": {".*down.*": {"bits": 8, "adapter": {}}}}, "sets adapter for the modules '.*down.*'"),
+    (MIXED | {"dynamic": {"*down": {"bits": 8}}}, "is no regular expression"),
+    (MIXED | {"dynamic": {".*down": {"group_size": 0}}}, "group_size is a number of columns or -1"),
+    (MIXED | {"dynamic": [".*down"]}, "is not one of gptq"),
     ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "this bitsandbytes base is LLM.int8(); nf4 is what can be read"),
     ({"load_in_4bit": True}, "this bitsandbytes base is 4-bit fp4"),
     ({"quant_method": "compressed-tensors", "format": "float-quantized"}, "has the format 'float-quantized'"),
