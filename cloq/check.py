@@ -16,6 +16,7 @@ import torch
 
 from cloq import packing
 from cloq.errors import CloqError
+from cloq.export.gptq import GptqReader
 from cloq.export.peft import AdapterFolder
 from cloq.export.read import QuantizedFolder
 from cloq.models import Decoder, load_config
@@ -109,6 +110,8 @@ def _check_base(folder: Path, trust_remote_code: bool) -> Iterator[Finding]:
     )
     obstacle = source.reader.obstacle(decoder.model, expected)
     yield Finding(not obstacle, f"{name}: {obstacle or 'transformers can build the model around packed layers'}")
+    if isinstance(source.reader, GptqReader) and source.reader.dynamic:
+        yield Finding(True, f"{name}: layers of several widths, which cloq.load and GPTQModel load, plain transformers does not")
     if not source.names.isdisjoint(decoder.expert_layers):
         yield Finding(True, f"{name}: holds packed experts, for cloq.load or GPTQModel; plain transformers would fill in random ones")
     bad = sorted(_wrong_tensors(source, headers))

@@ -3,8 +3,10 @@
 In second order a layer's error `E` raises the loss by `½ Σ_o h_o ‖E_o S‖²` for each token, with `h` the loss's squared gradients at its
 outputs (`cloq.fisher`) and `S` its inputs, in the original model (K-FAC, Martens and Grosse, arXiv:1503.05671, with the diagonal of the
 output side). Factors of rank r leave of it what lies behind the r largest eigenvalues of `D^{1/2} E G Eᵀ D^{1/2}`, `D = diag(h)`: one
-decomposition for each width says it for all ranks. The codes are those of a first rounding; what further rounds win is left out, and with
-it what layers do to each other.
+decomposition for each width says it for all ranks. The codes are those of a first rounding. What CLoQ's rounds win is foreseen: GPTQ's error
+goes with the geometric mean of the Gram matrix's eigenvalues, and rounds give it one of which r of `in` are taken down to a share
+`KEPT`, which multiplies the error by `KEPT^(r/in)` (docs/log.md has it beside what rounds then did). What layers do to each other is left
+out.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from cloq.calibration import shared_inputs
 from cloq.capture import statistics, top_up_experts
 from cloq.distributed import Processes, shared_out
 from cloq.fisher import sampled
+from cloq.initializers.cloq import KEPT
 from cloq.models import Decoder, Forwards, Room, linear_shape
 from cloq.specs import LayerSpec, RunSpec, ruled
 from cloq.store import Store
@@ -148,9 +151,15 @@ class _Look:
                     if owner[name] == processes.rank:
                         weight = self.decoder.weight(name, linears[name])
                         for losses, width in zip(found[name], widths, strict=True):
-                            losses.copy_(left_behind(weight - self._rounded(name, weight, seen, width), seen, self.squared[name], ranks))
+                            left = left_behind(weight - self._rounded(name, weight, seen, width), seen, self.squared[name], ranks)
+                            losses.copy_(left * self._after_rounds(ranks, shapes[name][1]))
         processes.add(found.values())
         return found
+
+    def _after_rounds(self, ranks: Sequence[int], columns: int) -> Tensor:
+        """What rounds are foreseen to leave of an error, by rank."""
+        chosen_again = self.spec.lora.init == "cloq" and self.spec.lora.rounds > 0 and not self.given
+        return torch.tensor([KEPT ** (rank / columns) if chosen_again else 1.0 for rank in ranks], dtype=torch.float64)
 
     def _rounded(self, name: str, weight: Tensor, seen: LayerStats, width: int) -> Tensor:
         if self.given:

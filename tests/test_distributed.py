@@ -374,6 +374,20 @@ def test_factors_for_a_given_base_on_two_processes(two, work, tmp_path):
 # -- runs that go wrong ------------------------------------------------------------------------------------------------
 
 
+def test_two_processes_survey_what_one_does(work, tmp_path):
+    spec = spec_of(work, propagate="dense", bits=2.5, adaptive_rank=True)
+    surveys = []
+    for size in (1, 2):
+        finish(size, spec, tmp_path / str(size))
+        surveys.append(Store(tmp_path / str(size)).kept_survey())
+    (one, tied), (other, tied_too) = surveys
+    assert tied == tied_too and list(one) == list(other)
+    for name, losses in one.items():
+        torch.testing.assert_close(losses, other[name], rtol=1e-2, atol=1e-9)
+    chosen = [[(r.weight.bits, r.metrics.rank) for r in results(tmp_path / str(size)).values()] for size in (1, 2)]
+    assert chosen[0] == chosen[1] and len(set(chosen[0])) > 3
+
+
 def troubles(work: Path, folder: Path) -> list[Any]:
     """Runs on two processes, each with another trouble in one of them."""
     rank, spec, found = Processes.start().rank, spec_of(work), []

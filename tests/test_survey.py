@@ -8,6 +8,7 @@ import torch
 
 from cloq import survey
 from cloq.api import open_decoder, run
+from cloq.check import check
 from cloq.distributed import ALONE
 from cloq.errors import ExportError, SpecError
 from cloq.fisher import squared_gradients_of
@@ -185,3 +186,12 @@ def test_what_is_asked_for():
     ]:
         with pytest.raises(SpecError, match=said):
             run_spec(**settings)
+
+
+def test_the_folder_says_how_it_is_loaded(whole):
+    card = (whole.out / "README.md").read_text()
+    assert "2.5 bits with cloq factors" in card and "Layers have several widths" in card and "cloq.load(" in card
+    assert "AutoModelForCausalLM" not in card
+    assert any(f.ok and "several widths, which cloq.load and GPTQModel load" in f.what for f in check(whole.out))
+    assert whole.report.describe_base() == "GPTQ, 2 bits in groups of 32, 3 bits in groups of 32, 4 bits in groups of 32, asymmetric"
+    assert whole.report.describe_adapter().startswith("CLoQ factors of ranks 1 to ")

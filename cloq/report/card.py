@@ -30,13 +30,13 @@ def _front_matter(report: Report) -> str:
     if is_hub_id(report.spec.model):
         values |= {"base_model": name, "base_model_relation": "quantized"}
     ours = [] if report.form is None else [report.spec.quant.quantizer]
-    values["tags"] = list(dict.fromkeys(["cloq", "lora", "quantized", f"{report.bits()}-bit", *ours, report.spec.lora.init]))
+    values["tags"] = list(dict.fromkeys(["cloq", "lora", "quantized", f"{report.bits():g}-bit", *ours, report.spec.lora.init]))
     return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---\n"
 
 
 def _what(report: Report) -> str:
     base = "a base that was quantized before" if report.form is None else f"a base quantized with {report.describe_base()}"
-    return f"""# {_text(report.model_name())}, {report.bits()} bits with {report.spec.lora.init} factors
+    return f"""# {_text(report.model_name())}, {report.bits():g} bits with {report.spec.lora.init} factors
 
 {_text(report.model_name())} as {_text(base)}, and {_text(report.describe_adapter())} as a LoRA adapter.
 {_start(report)}
@@ -60,7 +60,9 @@ def _load(report: Report) -> str:
     argument = ', base="BASE"' if given else ""
     tokenizer = '"BASE"' if given else '"model"'
     if _experts(report):
-        return _load_experts(needs, argument, note)
+        return _load_through_cloq(needs, argument, note, _EXPERTS)
+    if report.form == "gptq" and len(report.grids()) > 1:
+        return _load_through_cloq(needs, argument, note, _SEVERAL_WIDTHS)
     return f"""## Load it
 
 `pip install "{needs}"` brings the libraries. In this folder, with transformers and PEFT alone:
@@ -87,8 +89,19 @@ def _experts(report: Report) -> bool:
     return names_experts(report.layers)
 
 
-def _load_experts(needs: str, argument: str, note: str) -> str:
-    """Of a mixture: the plain way would leave the factors of experts aside, and fill in random experts for packed ones."""
+_EXPERTS = """\
+Single experts are quantized and have factors. Plain transformers fuses experts into one parameter: it would fill in random ones where these
+are packed, with no more than a warning, and PEFT has fused factors for some families only. `cloq.load` loads the same model through both
+libraries with its experts as layers of their own; `cloq merge` writes base and adapter as one dense model that plain transformers loads."""
+
+_SEVERAL_WIDTHS = """\
+Layers have several widths (`dynamic` in config.json). GPTQModel and servers that read its table know them; plain transformers expects one
+and stops with an error. `cloq.load` loads the same model through transformers and PEFT, every layer made for its width; `cloq export`
+writes the base in a format with one (`container` holds 2 and 3 bits, and 4 where they are symmetric)."""
+
+
+def _load_through_cloq(needs: str, argument: str, note: str, why: str) -> str:
+    """Where plain transformers would not load the model, or not all of it."""
     return f"""## Load it
 
 `pip install "{needs}"` brings the libraries. In this folder:
@@ -99,9 +112,7 @@ import cloq
 model = cloq.load("."{argument}, trainable=True)  # a peft.PeftModel, for Trainer, TRL or a loop of your own
 ```
 
-Single experts are quantized and have factors. Plain transformers fuses experts into one parameter: it would fill in random ones where these
-are packed, with no more than a warning, and PEFT has fused factors for some families only. `cloq.load` loads the same model through both
-libraries with its experts as layers of their own; `cloq merge` writes base and adapter as one dense model that plain transformers loads.
+{why}
 {note}
 The adapter belongs to this base and its initialization is part of the result: do not reinitialize it, and keep `lora_alpha`
 equal to the rank.

@@ -24,7 +24,7 @@ _NAMED = 3
 
 def page(report: Report) -> str:
     """The whole page as HTML."""
-    title = f"{escape(report.model_name())}, {report.bits()} bits"
+    title = f"{escape(report.model_name())}, {report.bits():g} bits"
     parts = (
         _head(report, title), _tiles(report), _quality(report), _tasks(report), _errors(report), _repaired(report), _spectrum(report),
         _time(report), _course(report), _settings(report), _layers(report),

@@ -127,18 +127,24 @@ class Report:
         """The hub id, or the name of the folder without the path to it."""
         return self.spec.model if is_hub_id(self.spec.model) else Path(self.spec.model).name
 
-    def bits(self) -> int:
-        """The width that most weights have: of the layers themselves, since a given base has not the one in the settings."""
+    def bits(self) -> float:
+        """The mean width that was asked for, or what most weights have: of the layers themselves, since a given base has not the width
+        in the settings."""
+        if self.spec.mean_bits is not None:
+            return self.spec.mean_bits
         weights: Counter[int] = Counter()
         for summary in self.layers.values():
             weights[summary.layout.bits] += math.prod(summary.layout.shape)
         return weights.most_common(1)[0][0]
 
+    def grids(self) -> set[tuple[int, int | None]]:
+        """Widths and group sizes of the layers."""
+        return {(s.layout.bits, s.layout.group_size) for s in self.layers.values()}
+
     def describe_base(self) -> str:
         """`GPTQ after MagR, 2 bits, groups of 64, asymmetric`; other widths are named where rules make several."""
         quant = self.spec.quant
-        layouts = {(s.layout.bits, s.layout.group_size) for s in self.layers.values()}
-        widths = ", ".join(f"{bits} bits in {f'groups of {size}' if size else 'channels'}" for bits, size in sorted(layouts, key=str))
+        widths = ", ".join(f"{bits} bits in {f'groups of {size}' if size else 'channels'}" for bits, size in sorted(self.grids(), key=str))
         grid = "" if quant.quantizer == "nf4" else ", symmetric" if quant.symmetric else ", asymmetric"
         return f"{quant.quantizer.upper()}{' after MagR' if quant.magr else ''}, {widths}{grid}"
 

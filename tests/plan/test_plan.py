@@ -219,5 +219,13 @@ def test_following_the_loss_back_is_planned(decoder):
     assert 1 < weighed.work["gradients"].products / (tokens * whole) < 1.2  # attention comes on top
 
 
+def test_a_mean_that_is_still_to_be_spent_is_planned(decoder):
+    plain, spending, ranks = (_plan(decoder, **asked) for asked in ({}, {"bits": 2.5}, {"adaptive_rank": True}))
+    assert spending.bits["none"] == pytest.approx(plain.bits["none"] + 0.5 * (1 + 1 / 32), abs=0.03)
+    assert spending.work["gradients"] == ranks.work["gradients"] != plain.work["gradients"] == plain.work["survey"]
+    assert 0 < ranks.work["survey"].products < spending.work["survey"].products  # one width instead of three
+    assert ranks.bits == plain.bits and ranks.work["solve"] == spending.work["solve"] == plain.work["solve"]
+
+
 def _shapes(decoder):
     return [linear_shape(module) for index in range(len(decoder.blocks)) for module in decoder.linears(index).values()]
