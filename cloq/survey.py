@@ -3,7 +3,7 @@
 In second order a layer's error `E` raises the loss by `½ Σ_o h_o ‖E_o S‖²` for each token, with `h` the loss's squared gradients at its
 outputs (`cloq.fisher`) and `S` its inputs, in the original model (K-FAC, Martens and Grosse, arXiv:1503.05671, with the diagonal of the
 output side). Factors of rank r leave of it what lies behind the r largest eigenvalues of `D^{1/2} E G Eᵀ D^{1/2}`, `D = diag(h)`: one
-decomposition for each width says it for all ranks. The codes are those of a first rounding. What CLoQ's rounds win is foreseen: GPTQ's error
+decomposition for each width says it for all ranks. The codes are those of a first rounding. What rounds win is foreseen: GPTQ's error
 goes with the geometric mean of the Gram matrix's eigenvalues, and rounds give it one of which r of `in` are taken down to a share
 `KEPT`, which multiplies the error by `KEPT^(r/in)` (docs/log.md has it beside what rounds then did). What layers do to each other is left
 out.

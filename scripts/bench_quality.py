@@ -122,10 +122,14 @@ def write(protocol: Protocol, sweeps: Sequence[Sweep], rows: Sequence[Row], benc
         print(text)
 
 
+def _width(text: str) -> float:
+    return int(text) if text.isdigit() else float(text)
+
+
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
-    parser.add_argument("--bits", type=int, nargs="+", default=[2])
+    parser.add_argument("--bits", type=_width, nargs="+", default=[2], help="2, 3, 4, or a mean of them, such as 2.5")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=OWN, help="default: all but other libraries' own")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--lrs", type=float, nargs="+", default=[3e-4])

@@ -17,7 +17,7 @@ from quality.protocol import Changes, Protocol, Sweep, tag
 class Start:
     """What training starts from; cells of all rates and seeds share it. changes: to the protocol, at a point of a sweep."""
 
-    bits: int
+    bits: float
     method: str
     changes: Changes = ()
 
@@ -33,7 +33,7 @@ class Start:
 class Cell:
     """One training run."""
 
-    bits: int
+    bits: float
     method: str
     lr: float
     seed: int
@@ -48,7 +48,7 @@ class Cell:
         return Start(self.bits, self.method, self.changes)
 
 
-def starts(protocol: Protocol, bits: list[int], methods: Sequence[str], sweeps: Sequence[Sweep]) -> list[Start]:
+def starts(protocol: Protocol, bits: list[float], methods: Sequence[str], sweeps: Sequence[Sweep]) -> list[Start]:
     """Every method at every width it has, as the protocol says and at every point of the sweeps that it is moved by."""
     points = [(), *(sweep.changes(protocol, value) for sweep in sweeps for value in sweep.values)]
     found = [Start(width, name, applied(name, point)) for point in points for name in methods for width in METHODS[name].widths(bits)]

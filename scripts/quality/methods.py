@@ -20,7 +20,7 @@ class Method:
     balanced: bool = False
     family: str = ""
 
-    def widths(self, bits: list[int]) -> list[int]:
+    def widths(self, bits: list[float]) -> list[float]:
         """Those of the widths at which there is such a method."""
         only = {"dense": BITS_16, "nf4": 4, "peft": 4}.get(self.base)
         if only is None:

@@ -64,7 +64,7 @@ class Starts:
             return self._run(protocol.changed(_ONE), f"{start.bits}-own-{name}{tag(changes)}", **fitted | _DATA_FREE)
         if method.base == "own":
             return self._run(protocol, f"{start.bits}-own-{name}{tag(changes)}", **fitted)
-        fitted |= {"correction": 0.0, "fisher": 0.0}
+        fitted |= {"bits": int(start.bits), "correction": 0.0, "fisher": 0.0}  # of a base that is given, which has its own
         shared = self._shared_base(start, grid | {"correction": 0.0})
         if method.init == "zero" and not _beyond(changes):
             return shared

@@ -48,7 +48,7 @@ class Row:
     stderr: of `loss`, over seeds. curve: mean validation loss by step, from 0 to the last.
     """
 
-    bits: int
+    bits: float
     method: str
     changes: tuple[tuple[str, Any], ...]
     lr: float
