@@ -151,7 +151,8 @@ class _Look:
                     if owner[name] == processes.rank:
                         weight = self.decoder.weight(name, linears[name])
                         for losses, width in zip(found[name], widths, strict=True):
-                            left = left_behind(weight - self._rounded(name, weight, seen, width), seen, self.squared[name], ranks)
+                            undone = ranks if self.spec.lora.init != "zero" else [0] * len(ranks)
+                            left = left_behind(weight - self._rounded(name, weight, seen, width), seen, self.squared[name], undone)
                             losses.copy_(left * self._after_rounds(ranks, shapes[name][1]))
         processes.add(found.values())
         return found
@@ -176,12 +177,12 @@ def _tokens(seen: LayerStats) -> int:
 def left_behind(error: Tensor, seen: LayerStats, squared: Tensor, ranks: Sequence[int]) -> Tensor:
     """By rank: `½ Σ_o h_o ‖(E − B A)_o S‖²` for each token with the best factors, float64; 0 where no token came.
 
-    error: `(out, in)`. squared: `(out,)`, the mean of the squared gradients over tokens. ranks: at most `min(out, in)`.
+    error: `(out, in)`. squared: `(out,)`, the mean of the squared gradients over tokens. ranks: 0, which is no factors, to `min(out, in)`.
     """
     if _tokens(seen) == 0:
         return torch.zeros(len(ranks), dtype=torch.float64)
     weighted = squared.to(error).clamp_min(0).sqrt()[:, None] * error
-    found = lowrank.top_eigenvectors(weighted, seen.gram, max(ranks))
+    found = lowrank.top_eigenvectors(weighted, seen.gram, max(1, *ranks))
     values = found.values.double().clamp_min(0)
     left = [0.0 if rank == min(error.shape) else max(found.trace - float(values[:rank].sum()), 0.0) for rank in ranks]
     return torch.tensor(left, dtype=torch.float64) / (2 * _tokens(seen))

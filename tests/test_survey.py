@@ -38,7 +38,7 @@ def whole(spec, tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["power law", "rank deficient", "outlier channel"])
 def test_what_factors_leave_is_the_optimum_of_the_weighted_problem(kind):
-    shape, ranks = (24, 40), [1, 3, 8, 24]
+    shape, ranks = (24, 40), [0, 1, 3, 8, 24]
     weight, gram = problem(kind, shape).weight, problem(kind, shape).gram
     squared = torch.rand(24, generator=torch.Generator().manual_seed(3)) ** 4
     left = survey.left_behind(weight, LayerStats(gram, 100), squared, ranks)
@@ -163,6 +163,14 @@ def test_ranks_alone_and_on_a_given_base(spec, whole, tmp_path):
     given = run(spec.replace(mean_bits=None, quantized=str(whole.base)), tmp_path / "given")
     assert {name: s.layout.bits for name, s in given.layers.items()} == {name: s.layout.bits for name, s in whole.layers.items()}
     assert len({s.metrics.rank for s in given.layers.values()}) > 2
+
+
+def test_factors_that_undo_nothing_are_not_reckoned_with(spec, whole, tmp_path):
+    zero = run(run_spec(spec, init="zero", adaptive_rank=False), tmp_path / "out")
+    assert 2.4 < means(zero)[0] <= 2.5
+    ours, theirs = (Store(made.out).kept_survey()[0] for made in (zero, whole))
+    for name, losses in ours.items():
+        assert losses.shape == (3, 1) and (losses[:, 0] > theirs[name][:, 0]).all()
 
 
 def test_several_widths_are_refused_before_the_work_where_a_format_has_one(spec, tmp_path):
