@@ -39,10 +39,10 @@ RUN_SETTINGS = {"fisher": ("cloq",), "adaptive_rank": ("cloq",)}
 """Settings of `RunSpec` that are for some initializers only → those."""
 
 EFFORTS: dict[str, dict[str, Any]] = {
-    "published": {"rounds": 0, "correction": 0.0, "fisher": 0.0},
-    "fast": {"rounds": 1, "correction": 0.0, "fisher": 0.0},
+    "published": {"rounds": 0, "correction": 0.0, "fisher": 0.0, "adaptive_rank": False},
+    "fast": {"rounds": 1, "correction": 0.0, "fisher": 0.0, "adaptive_rank": False},
     "default": {},
-    "best": {"rounds": 16, "fisher": 0.9},
+    "best": {"rounds": 16, "fisher": 0.9, "adaptive_rank": True},
 }
 """What a run may cost → flat settings in place of the defaults; `published` is CLoQ as its authors have it. docs/results.md has what each
 of them buys."""
