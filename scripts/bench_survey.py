@@ -3,7 +3,7 @@
     cloq quantize MODEL --bits 2.25 --adaptive-rank --calib train.txt --out run
     python scripts/bench_survey.py run
 
-Of every kind of layer: its share of the weights, its share of the loss that rounding all layers alike would cost at each width, and the mean
+Of every kind of layer: its share of the weights, its share of the loss that rounding all layers alike would cost at each width, the mean
 width and rank that it got. Below, the rise of the loss that the survey foresees, in nats per token, for every layer alike and for what was
 chosen. Prints Markdown.
 """
