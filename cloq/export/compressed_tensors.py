@@ -156,6 +156,10 @@ class CompressedTensorsReader:
         schemes = tuple((tuple(group["targets"]), _read_scheme(name, group)) for name, group in groups.items())
         return cls(schemes, tuple(quantization_config.get("ignore") or ()))
 
+    @property
+    def widths(self) -> frozenset[int]:
+        return frozenset(scheme.bits for _, scheme in self.groups)
+
     def layers(self, model: nn.Module) -> set[str]:
         linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         targets = [target for group, _ in self.groups for target in group]

@@ -92,6 +92,7 @@ class Reader(Protocol):
     """Reads. Made from a folder's `quantization_config` by `of`, which raises `ExportError` for what cannot be read exactly.
 
     marker: the suffix that tells a quantized layer among the tensors of a folder.
+    widths: bits per weight that layers have.
     layers: the linear layers of a model that the real library takes for quantized: it looks for their tensors and for no others.
     obstacle: why it cannot load this model with those layers quantized, `None` where it can. model needs no weights.
     specs: what it expects of a layer of shape `(out, in)`, by suffix.
@@ -100,6 +101,9 @@ class Reader(Protocol):
     """
 
     marker: ClassVar[str]
+
+    @property
+    def widths(self) -> frozenset[int]: ...
 
     @classmethod
     def of(cls, quantization_config: dict[str, Any]) -> Reader: ...

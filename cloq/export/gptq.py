@@ -192,6 +192,10 @@ class GptqReader:
             raise TypeError("block_name_to_quantize is text")
         return cls(bits, _group_size(group_size), 2 if form == "gptq_v2" else 1, blocks, modules, dynamic)
 
+    @property
+    def widths(self) -> frozenset[int]:
+        return frozenset([self.bits, *(bits for _, bits, _ in self.dynamic)])
+
     def grid(self, name: str) -> tuple[int, int | None]:
         """Width and group size of a layer."""
         return next(((bits, size) for pattern, bits, size in self.dynamic if re.match(pattern, name)), (self.bits, self.group_size))

@@ -125,6 +125,10 @@ class Nf4Reader:
         skip = get("llm_int8_skip_modules")
         return cls(None if skip is None else tuple(skip), bool(get("bnb_4bit_use_double_quant")))
 
+    @property
+    def widths(self) -> frozenset[int]:
+        return frozenset([4])
+
     def layers(self, model: nn.Module) -> set[str]:
         from transformers.quantizers.base import get_keys_to_not_convert
 

@@ -35,16 +35,17 @@ def resolve(run: str | Path | None, config: Path | None, settings: dict[str, Any
 
     base = read_settings(config, TrainSpec, "cloq train") if config else TrainSpec()
     bits = _bits(Path(settings.get("base") or base.base or Path(run or base.run) / "model")) if settings.get("recipe") else None
-    return train_spec(base, bits, **({"run": str(run)} if run else {}), **settings)
+    return train_spec(base, bits=bits, **({"run": str(run)} if run else {}), **settings)
 
 
 def _bits(base: Path) -> int | None:
-    """Bits per weight of a GPTQ base; `None` for any other, which has 4 or more."""
-    from cloq.export.read import read_config
+    """The lowest width of a base's layers, as its format has them; `None` for a base that is not quantized, or not there."""
+    from cloq.export.read import read_config, reader_of
 
     if not (base / "config.json").is_file():
         return None
-    return (read_config(base).get("quantization_config") or {}).get("bits")
+    quantization = read_config(base).get("quantization_config")
+    return min(reader_of(quantization).widths) if quantization else None
 
 
 def __getattr__(name: str):

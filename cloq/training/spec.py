@@ -132,7 +132,7 @@ def template_columns(template: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(fields))
 
 
-def train_spec(base: TrainSpec | None = None, bits: int | None = None, **settings: Any) -> TrainSpec:
+def train_spec(base: TrainSpec | None = None, /, bits: int | None = None, **settings: Any) -> TrainSpec:
     """A `TrainSpec` from settings, on top of their recipe, on top of `base` or of the defaults. bits: of the quantized base, for a recipe
     that is named by its family alone. Unknown names raise `SpecError`."""
     values = (base or TrainSpec()).to_dict()

@@ -11,6 +11,7 @@ import cloq
 from cloq.export.gptq import GptqReader
 from cloq.export.read import QuantizedFolder
 from cloq.quantizers import Rtn
+from cloq.training import resolve
 from tests.finished import Finished, edit_json, finish, logits, needs
 from tests.tiny import load_plain
 
@@ -111,3 +112,10 @@ def test_a_pattern_that_leaves_something_out_keeps_what_the_folder_says_of_the_r
     assert reader.grid("model.layers.0.mlp.up_proj") == (3, 32) and reader.grid("model.layers.0.self_attn.q_proj") == (2, 32)
     with pytest.raises(cloq.errors.ExportError, match="the tensors disagree"):
         QuantizedFolder(folder).weight("model.layers.0.self_attn.q_proj")
+
+
+@pytest.mark.parametrize(("form", "lowest"), [("gptq", 2), ("compressed-tensors", 2), ("dense", None)])
+def test_a_recipe_is_that_of_the_lowest_width(tmp_path, form, lowest):
+    made = finish("llama", tmp_path, lambda name, weight: Rtn(2 if "v_proj" in name else 3, 32).quantize(weight))
+    base = made.export(form)
+    assert resolve(made.store.out, None, {"base": str(base), "data": "a.txt", "recipe": "gsm8k"}).recipe == f"gsm8k-{lowest or 4}bit"
