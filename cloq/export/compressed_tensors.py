@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from cloq import packing
 from cloq.errors import ExportError
-from cloq.export.format import FLOATS, Contents, ExpertsStored, StoredLayer, TensorSpec
+from cloq.export.format import FLOATS, Contents, ExpertsStored, StoredLayer, TensorSpec, check_pattern
 from cloq.types import AnyQuantizedWeight, QuantizedWeight, WeightLayout
 
 FORMAT = "pack-quantized"
@@ -154,7 +154,11 @@ class CompressedTensorsReader:
             raise ExportError("this compressed-tensors base rotates its activations (transform_config), which is not supported")
         groups = quantization_config.get("config_groups") or {}
         schemes = tuple((tuple(group["targets"]), _read_scheme(name, group)) for name, group in groups.items())
-        return cls(schemes, tuple(quantization_config.get("ignore") or ()))
+        ignore = tuple(quantization_config.get("ignore") or ())
+        for target in (*ignore, *(target for targets, _ in schemes for target in targets)):
+            if target.startswith("re:"):
+                check_pattern(target[3:], "this compressed-tensors base's configuration")
+        return cls(schemes, ignore)
 
     @property
     def widths(self) -> frozenset[int]:

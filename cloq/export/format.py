@@ -6,6 +6,7 @@ how it decodes), and `encode` / `decode`, an exact inverse pair.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
@@ -65,6 +66,27 @@ class TensorSpec(NamedTuple):
 
     shape: tuple[int, ...] | None
     dtypes: tuple[torch.dtype, ...]
+
+
+_REPEATS = re.compile(r"\\.|\[(?:\\.|[^\]])*\]|([*+{])")
+"""What repeats in a pattern, outside of escapes and of sets of characters."""
+
+MOST_REPEATS = 4
+
+
+def check_pattern(pattern: str, where: str) -> None:
+    """Raises `ExportError` unless this is a regular expression that is found to match a layer's name or not in no time.
+
+    Patterns come with other people's models, and one whose repetitions can share a name's letters among them in many ways takes for ever:
+    at most `MOST_REPEATS` are taken, none of them of a group.
+    """
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ExportError(f"{pattern!r} in {where} is no regular expression ({error})") from error
+    repeats = [found.start() for found in _REPEATS.finditer(pattern) if found.group(1)]
+    if len(repeats) > MOST_REPEATS or any(pattern[at - 1 : at] == ")" for at in repeats):
+        raise ExportError(f"{pattern!r} in {where} repeats more than names of layers need, and could take for ever; write it more plainly")
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from cloq import __version__, packing
 from cloq.errors import ExportError
-from cloq.export.format import FLOATS, Contents, ExpertsStored, StoredLayer, TensorSpec
+from cloq.export.format import FLOATS, Contents, ExpertsStored, StoredLayer, TensorSpec, check_pattern
 from cloq.models import is_conv1d
 from cloq.types import AnyQuantizedWeight, QuantizedWeight, WeightLayout
 
@@ -266,10 +266,7 @@ def _override(pattern: str, values: dict[str, Any], bits: int, group_size: Any) 
             f"this GPTQ base {what} for the modules {pattern!r} (dynamic); read are widths of 2, 3, 4, 8 bits and group sizes"
         )
     pattern = pattern.removeprefix("+:")
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ExportError(f"{pattern!r}, a pattern in this GPTQ base's dynamic, is no regular expression ({error})") from error
+    check_pattern(pattern, "this GPTQ base's dynamic")
     return pattern, width, size
 
 

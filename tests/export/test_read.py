@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cloq.errors import ExportError, ModelError
+from cloq.export.format import check_pattern
 from cloq.export.read import QuantizedFolder
 from cloq.quantizers import Gptq, Nf4, Rtn
 from cloq.types import LayerStats
@@ -74,6 +75,8 @@ UNREADABLE = [
     (MIXED | {"dynamic": {"+:.*down.*": {"bits": 5}}}, "has 5 bits for the modules '+:.*down.*'"),
     (MIXED | {"dynamic": {".*down.*": {"bits": 8, "adapter": {}}}}, "sets adapter for the modules '.*down.*'"),
     (MIXED | {"dynamic": {"*down": {"bits": 8}}}, "is no regular expression"),
+    (MIXED | {"dynamic": {"(a+)+$": {"bits": 8}}}, "repeats more than names of layers need"),
+    (MIXED | {"dynamic": {".*a.*b.*c.*d.*e": {"bits": 8}}}, "repeats more than names of layers need"),
     (MIXED | {"dynamic": {".*down": {"group_size": 0}}}, "group_size is a number of columns or -1"),
     (MIXED | {"dynamic": [".*down"]}, "is not one of gptq"),
     ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "this bitsandbytes base is LLM.int8(); nf4 is what can be read"),
@@ -88,6 +91,20 @@ def test_what_cannot_be_read_exactly_is_refused(tmp_path, settings, message):
     edit_json(folder / "config.json", lambda c: c.update(quantization_config=settings))
     with pytest.raises(ExportError, match=re.escape(message)):
         QuantizedFolder(folder)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [r"model\.layers\.\d+\.(self_attn|mlp)\..*_proj$", r".*\.(?:18|19)\..*gate.*", r"(?!.*lm_head).*", r"[+*{]+a\*\+\{x{2}", "(a)?c"],
+)
+def test_patterns_of_names_are_taken(pattern):
+    check_pattern(pattern, "a file")
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+$", "(a|aa)*b", "(a*){9}", ".*.*.*.*.*x", "a{1,9}b{1,9}c{1,9}d*e+"])
+def test_patterns_that_could_take_for_ever_are_refused(pattern):
+    with pytest.raises(ExportError, match="could take for ever"):
+        check_pattern(pattern, "a file")
 
 
 WEIGHTS = {"num_bits": 4, "strategy": "group", "group_size": 32}
