@@ -147,20 +147,20 @@ class _Look:
                 seen = stats.pop(group[0])
                 for name in group:
                     widths, ranks = possible(self.spec, name, self.layers[name], shapes[name])
-                    found[name] = torch.zeros(len(widths), len(ranks), dtype=torch.float64)
                     if owner[name] == processes.rank:
                         weight = self.decoder.weight(name, linears[name])
-                        for losses, width in zip(found[name], widths, strict=True):
-                            undone = ranks if self.spec.lora.init != "zero" else [0] * len(ranks)
-                            left = left_behind(weight - self._rounded(name, weight, seen, width), seen, self.squared[name], undone)
-                            losses.copy_(left * self._after_rounds(ranks, shapes[name][1]))
+                        found[name] = torch.stack([self._left(name, weight, seen, width, ranks) for width in widths])
+                    else:
+                        found[name] = torch.zeros(len(widths), len(ranks), dtype=torch.float64)
         processes.add(found.values())
         return found
 
-    def _after_rounds(self, ranks: Sequence[int], columns: int) -> Tensor:
-        """What rounds are foreseen to leave of an error, by rank."""
+    def _left(self, name: str, weight: Tensor, seen: LayerStats, width: int, ranks: Sequence[int]) -> Tensor:
+        """The loss by rank, with what rounds are foreseen to leave of it."""
+        undone = ranks if self.spec.lora.init != "zero" else [0] * len(ranks)
+        left = left_behind(weight - self._rounded(name, weight, seen, width), seen, self.squared[name], undone)
         chosen_again = self.spec.lora.init == "cloq" and self.spec.lora.rounds > 0 and not self.given
-        return torch.tensor([KEPT ** (rank / columns) if chosen_again else 1.0 for rank in ranks], dtype=torch.float64)
+        return left * torch.tensor([KEPT ** (rank / weight.shape[1]) if chosen_again else 1.0 for rank in ranks], dtype=torch.float64)
 
     def _rounded(self, name: str, weight: Tensor, seen: LayerStats, width: int) -> Tensor:
         if self.given:
