@@ -25,7 +25,8 @@ from cloq.capture import statistics, top_up_experts
 from cloq.distributed import Processes, shared_out
 from cloq.fisher import sampled
 from cloq.initializers.cloq import KEPT
-from cloq.models import Decoder, Forwards, Room, linear_shape
+from cloq.memory import spare_memory
+from cloq.models import Decoder, Forwards, Kinds, Room, linear_shape
 from cloq.specs import LayerSpec, RunSpec, ruled
 from cloq.store import Store
 from cloq.types import GivenBase, LayerStats
@@ -103,11 +104,12 @@ def survey(
     mine = sampled(own, processes)
     batches = decoder.enter(own[[*mine.values()]], spec.batch_tokens, True) if mine else []
     look = _Look(spec, decoder, layers, squared, processes, given)
+    kinds, room = Kinds(decoder, False, processes.on_first), spare_memory(decoder.device, processes.here)
     losses: dict[str, Tensor] = {}
     tied: list[list[str]] = []
     for index in range(len(decoder.blocks)):
         decoder.load_block(index)
-        forwards = Forwards(decoder, index, batches, {}, Room(0), final=decoder.linears(index))
+        forwards = Forwards(decoder, index, batches, kinds.of(index, batches).ends, Room(room), final=decoder.linears(index))
         groups = look.groups(index, forwards)
         losses |= look.losses(index, forwards, groups)
         tied += _tied(decoder, groups)

@@ -218,7 +218,7 @@ def _survey(
     spec: RunSpec, decoder: Decoder, chosen: dict[str, LayerSpec], shapes: dict[str, storage.Shape], forwards: list[BlockForward],
     sizes: storage.Sizes,
 ) -> Work:  # fmt: skip
-    """Every block forwards, once for each of its rounds and once more; a layer rounded and decomposed at each width that it may get."""
+    """Every block forwards, what is kept of it aside; a layer rounded and decomposed at each width that it may get."""
     tokens = storage.followed_back(spec)
     work = Work(disk=sizes.original)
     for index, forward in enumerate(forwards):
@@ -227,7 +227,7 @@ def _survey(
         groups = [names for names in groups if names]
         captured, onwards = rounds.forwards(
             forward, [[name.removeprefix(prefix) for names in together for name in names] for together in decoder.rounds(groups, True)],
-            (), original=True, to_sums=False,
+            forward.parts, original=True, to_sums=False,
         )  # fmt: skip
         work += tokens / spec.calib.seq_len * (captured + onwards)
         for names in groups:
