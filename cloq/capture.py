@@ -6,7 +6,7 @@ from functools import partial
 
 from torch import nn
 
-from cloq.calibration import adding_layers, gram_matrices, paired_statistics, summed, topped_up
+from cloq.calibration import adding_layers, gram_matrices, paired_statistics, shared_inputs, summed, topped_up
 from cloq.distributed import ALONE, Processes
 from cloq.drift import Drift, sums_of
 from cloq.models import Decoder, Forwards, Reference, hooks_on, linear_shape
@@ -17,6 +17,12 @@ ENOUGH = 2
 
 SHOWN = 4
 """Tokens for each input that an expert with fewer is shown besides, or all there are."""
+
+
+def groups_of(decoder: Decoder, index: int, linears: dict[str, nn.Module], forwards: Forwards, processes: Processes) -> list[list[str]]:
+    """Those of a block's layers together that share an input, as the first process sees them."""
+    at = 1 if decoder.experts(index) and len(forwards.batches) > 1 else 0  # one sequence may reach few experts
+    return processes.on_first(lambda: shared_inputs(lambda: forwards.run(at), linears))
 
 
 def statistics(

@@ -6,7 +6,7 @@ import math
 
 from cloq.errors import ModelError, SpecError
 from cloq.models import Decoder, linear_shape
-from cloq.specs import LayerSpec, RunSpec, layer_spec, matches, ruled
+from cloq.specs import LayerSpec, RunSpec, layer_spec, matches, mixes
 from cloq.types import WeightLayout
 
 
@@ -37,7 +37,7 @@ def foreseen(spec: RunSpec, layers: dict[str, LayerSpec], decoder: Decoder) -> d
     size altogether, and of several widths. Other runs' layers are as they are."""
     found, weights, spent = dict(layers), 0, 0
     for name, layer in layers.items():
-        if spec.mean_bits is not None and not layer.dense and not ruled(spec, name, "bits"):
+        if not layer.dense and mixes(spec, name):
             size = math.prod(linear_shape(decoder.model.get_submodule(name)))
             weights += size
             width = 4 if spec.mean_bits * weights - spent >= 3 * size else 2

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cloq.calibration import CalibrationTokens, shared_inputs
-from cloq.capture import statistics, top_up_experts
+from cloq.calibration import CalibrationTokens
+from cloq.capture import groups_of, statistics, top_up_experts
 from cloq.distributed import ALONE, Processes, shared_out
 from cloq.drift import Drift, corrected
 from cloq.errors import ModelError, SpecError
@@ -203,8 +203,7 @@ class _Loop:
         if not wanted:
             return {}
         with self.clock("capture"):
-            at = 1 if decoder.experts(block.index) and len(block.calibration.batches) > 1 else 0  # one sequence may reach few experts
-            groups = processes.on_first(lambda: shared_inputs(lambda: block.calibration.run(at), wanted))
+            groups = groups_of(decoder, block.index, wanted, block.calibration, processes)
         results: dict[str, LayerResult] = {}
         for together in decoder.rounds(groups, self.spec.one_by_one):
             owner = shared_out(together, {name: linear_shape(linears[name]) for group in together for name in group}, processes.size)

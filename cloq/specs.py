@@ -355,6 +355,11 @@ def ruled(run: RunSpec, name: str, setting: str) -> bool:
     return any(getattr(rule, setting) is not None for rule in run.rules if matches(rule.match, name))
 
 
+def mixes(run: RunSpec, name: str) -> bool:
+    """Whether a module's width is chosen within the run's mean."""
+    return run.mean_bits is not None and not ruled(run, name, "bits")
+
+
 FLAT = {
     **{
         name: ("", name)

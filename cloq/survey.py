@@ -20,14 +20,13 @@ from torch import Tensor
 
 from cloq import lowrank, quantizers
 from cloq.budget import Offer, choose
-from cloq.calibration import shared_inputs
-from cloq.capture import statistics, top_up_experts
+from cloq.capture import groups_of, statistics, top_up_experts
 from cloq.distributed import Processes, shared_out
 from cloq.fisher import sampled
 from cloq.initializers.cloq import KEPT
 from cloq.memory import spare_memory
 from cloq.models import Decoder, Forwards, Kinds, Room, linear_shape
-from cloq.specs import LayerSpec, RunSpec, ruled
+from cloq.specs import LayerSpec, RunSpec, mixes, ruled
 from cloq.store import Store
 from cloq.types import GivenBase, LayerStats
 
@@ -75,21 +74,17 @@ def spend(
     for name, losses in found.losses.items():
         widths, ranks = possible(spec, name, layers[name], shapes[name])
         offers[name] = [Offer(b, r, float(losses[i, j])) for i, b in enumerate(widths) for j, r in enumerate(ranks)]
-    bits = sum(math.prod(shapes[name]) * (spec.mean_bits if _mixes(spec, name) else layers[name].quant.bits) for name in offers)
+    bits = sum(math.prod(shapes[name]) * (spec.mean_bits if mixes(spec, name) else layers[name].quant.bits) for name in offers)
     factors = sum(sum(shapes[name]) * min(layers[name].rank, *shapes[name]) for name in offers)
-    tied = [[name for name in group if _mixes(spec, name)] for group in found.tied]
+    tied = [[name for name in group if mixes(spec, name)] for group in found.tied]
     return choose(offers, shapes, tied, bits, factors)
 
 
 def possible(spec: RunSpec, name: str, layer: LayerSpec, shape: tuple[int, int]) -> tuple[list[int], list[int]]:
     """Widths and ranks that a layer may get, each in ascending order."""
-    widths = list(WIDTHS) if _mixes(spec, name) else [layer.quant.bits]
+    widths = list(WIDTHS) if mixes(spec, name) else [layer.quant.bits]
     shares = SHARES if spec.adaptive_rank and not ruled(spec, name, "rank") else (1.0,)
     return widths, sorted({min(max(1, round(share * layer.rank)), *shape) for share in shares})
-
-
-def _mixes(spec: RunSpec, name: str) -> bool:
-    return spec.mean_bits is not None and not ruled(spec, name, "bits")
 
 
 def _shapes(decoder: Decoder, layers: Mapping[str, LayerSpec]) -> dict[str, tuple[int, int]]:
@@ -110,7 +105,8 @@ def survey(
     for index in range(len(decoder.blocks)):
         decoder.load_block(index)
         forwards = Forwards(decoder, index, batches, kinds.of(index, batches).ends, Room(room), final=decoder.linears(index))
-        groups = look.groups(index, forwards)
+        wanted = {name: module for name, module in decoder.linears(index).items() if not layers[name].dense}
+        groups = groups_of(decoder, index, wanted, forwards, processes) if wanted else []
         losses |= look.losses(index, forwards, groups)
         tied += _tied(decoder, groups)
         if index < len(decoder.blocks) - 1:
@@ -129,12 +125,6 @@ class _Look:
     squared: Mapping[str, Tensor]
     processes: Processes
     given: GivenBase | None
-
-    def groups(self, index: int, forwards: Forwards) -> list[list[str]]:
-        """The block's layers that are quantized, those together that share an input."""
-        wanted = {name: module for name, module in self.decoder.linears(index).items() if not self.layers[name].dense}
-        at = 1 if self.decoder.experts(index) and len(forwards.batches) > 1 else 0  # one sequence may reach few experts
-        return self.processes.on_first(lambda: shared_inputs(lambda: forwards.run(at), wanted)) if wanted else []
 
     def losses(self, index: int, forwards: Forwards, groups: list[list[str]]) -> dict[str, Tensor]:
         """`(widths, ranks)` by layer, the same on all processes, each of which finds those of its own layers."""
@@ -168,7 +158,7 @@ class _Look:
         if self.given:
             return self.given.weight(name).dequantize().to(weight)
         if _tokens(seen) == 0:
-            seen = LayerStats(torch.eye(weight.shape[1], device=weight.device), 0)
+            return weight  # whatever its codes, they cost nothing that the survey could see
         return quantizers.from_spec(self.layers[name].quant.replace(bits=width)).quantize(weight, seen).dequantize()
 
 

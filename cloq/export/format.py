@@ -74,19 +74,20 @@ _REPEATS = re.compile(r"\\.|\[(?:\\.|[^\]])*\]|([*+{])")
 MOST_REPEATS = 4
 
 
-def check_pattern(pattern: str, where: str) -> None:
-    """Raises `ExportError` unless this is a regular expression that is found to match a layer's name or not in no time.
+def check_pattern(pattern: str, where: str) -> re.Pattern[str]:
+    """The pattern, compiled. Raises `ExportError` unless it is a regular expression that is quick to say whether a layer's name matches.
 
     Patterns come with other people's models, and one whose repetitions can share a name's letters among them in many ways takes for ever:
     at most `MOST_REPEATS` are taken, none of them of a group.
     """
     try:
-        re.compile(pattern)
+        compiled = re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
         raise ExportError(f"{pattern!r} in {where} is no regular expression ({error})") from error
     repeats = [found.start() for found in _REPEATS.finditer(pattern) if found.group(1)]
     if len(repeats) > MOST_REPEATS or any(pattern[at - 1 : at] == ")" for at in repeats):
         raise ExportError(f"{pattern!r} in {where} repeats more than names of layers need, and could take for ever; write it more plainly")
+    return compiled
 
 
 @dataclass(frozen=True)

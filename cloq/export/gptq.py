@@ -168,7 +168,7 @@ class GptqReader:
     version: int
     blocks: str | None = None
     modules: tuple[str, ...] | None = None
-    dynamic: tuple[tuple[str, int, int | None], ...] = ()
+    dynamic: tuple[tuple[re.Pattern[str], int, int | None], ...] = ()
     marker: ClassVar[str] = "qweight"
 
     @classmethod
@@ -198,7 +198,7 @@ class GptqReader:
 
     def grid(self, name: str) -> tuple[int, int | None]:
         """Width and group size of a layer."""
-        return next(((bits, size) for pattern, bits, size in self.dynamic if re.match(pattern, name)), (self.bits, self.group_size))
+        return next(((bits, size) for pattern, bits, size in self.dynamic if pattern.match(name)), (self.bits, self.group_size))
 
     def layers(self, model: nn.Module) -> set[str]:
         blocks = self.blocks or _usual_blocks(model)
@@ -256,7 +256,7 @@ def _group_size(value: Any) -> int | None:
     return value
 
 
-def _override(pattern: str, values: dict[str, Any], bits: int, group_size: Any) -> tuple[str, int, int | None]:
+def _override(pattern: str, values: dict[str, Any], bits: int, group_size: Any) -> tuple[re.Pattern[str], int, int | None]:
     """An entry of `dynamic`: what it does not say is as for the others."""
     unknown = sorted(set(values) - {"bits", "group_size", "sym", "desc_act"})
     width, size = values.get("bits", bits), _group_size(values.get("group_size", group_size))
@@ -265,9 +265,7 @@ def _override(pattern: str, values: dict[str, Any], bits: int, group_size: Any) 
         raise ExportError(
             f"this GPTQ base {what} for the modules {pattern!r} (dynamic); read are widths of 2, 3, 4, 8 bits and group sizes"
         )
-    pattern = pattern.removeprefix("+:")
-    check_pattern(pattern, "this GPTQ base's dynamic")
-    return pattern, width, size
+    return check_pattern(pattern.removeprefix("+:"), "this GPTQ base's dynamic"), width, size
 
 
 def _initialization_needs(model: nn.Module, parent: nn.Module, child: str) -> bool:

@@ -173,7 +173,7 @@ def _phases(
     for index, forward in enumerate(forwards):
         prefix = decoder.block_name(index) + "."
         group_of = {prefix + name: group for group in forward.groups for name in group.names}
-        groups = [names for group in forward.groups if (names := [prefix + name for name in group.names if prefix + name in chosen])]
+        groups = forward.chosen(prefix, chosen)
         together = decoder.rounds(groups, spec.one_by_one)
         asked = [[name.removeprefix(prefix) for names in groups for name in names] for groups in together]
         for parts, share in ((True, kept), (False, 1 - kept)):
@@ -223,8 +223,7 @@ def _survey(
     work = Work(disk=sizes.original)
     for index, forward in enumerate(forwards):
         prefix = decoder.block_name(index) + "."
-        groups = [[prefix + name for name in group.names if prefix + name in chosen] for group in forward.groups]
-        groups = [names for names in groups if names]
+        groups = forward.chosen(prefix, chosen)
         captured, onwards = rounds.forwards(
             forward, [[name.removeprefix(prefix) for names in together for name in names] for together in decoder.rounds(groups, True)],
             forward.parts, original=True, to_sums=False,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +62,11 @@ class BlockForward:
     whole: Work
     largest: int
     parts: tuple[Part, ...] = ()
+
+    def chosen(self, prefix: str, names: Collection[str]) -> list[list[str]]:
+        """Full names of those of its layers that are among the given ones, those together that share an input."""
+        groups = ([prefix + name for name in group.names if prefix + name in names] for group in self.groups)
+        return [group for group in groups if group]
 
 
 def block_forwards(decoder: Decoder, length: int) -> tuple[list[BlockForward], str | None]:

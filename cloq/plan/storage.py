@@ -125,9 +125,7 @@ def _solving(
     grams = []
     for index, forward in enumerate(forwards):
         prefix = decoder.block_name(index) + "."
-        groups = [[prefix + name for name in group.names if prefix + name in chosen] for group in forward.groups]
-        groups = [names for names in groups if names]
-        rounds = decoder.rounds(groups, spec.one_by_one)
+        rounds = decoder.rounds(forward.chosen(prefix, chosen), spec.one_by_one)
         grams.append(
             max((sum(matrices(names[0]) * 4.0 * shapes[names[0]][1] ** 2 for names in together) for together in rounds), default=0.0)
         )

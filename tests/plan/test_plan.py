@@ -141,7 +141,7 @@ def test_the_forwards_of_a_run_are_those_of_its_plan(settings, spare, tmp_path, 
             module.register_forward_hook(lambda m, x, y: done.append(2.0 * y.numel() * m.in_features))
     monkeypatch.setattr(pipeline, "spare_memory", lambda *device: spare)
     monkeypatch.setattr(pipeline.Kinds, "of", uncounted(pipeline.Kinds.of))
-    monkeypatch.setattr(pipeline, "shared_inputs", uncounted(pipeline.shared_inputs))
+    monkeypatch.setattr(pipeline, "groups_of", uncounted(pipeline.groups_of))
     settings = settings | {"calib_samples": 12}  # the look at a block leaves something of its one sequence to the forwards that are counted
     spec = run_spec(model=str(decoder.folder), **(SMALL | settings))
     tokens = torch.randint(0, 250, (18, 16), generator=torch.Generator().manual_seed(0))
