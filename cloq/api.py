@@ -82,7 +82,7 @@ def _run(
 ) -> RunResult:  # fmt: skip
     """held: closed behind the run."""
     from cloq.export import FORMATS, check_format, write_adapter, write_model
-    from cloq.export.read import QuantizedFolder
+    from cloq.given import open_given
     from cloq.layers import foreseen, plan_layers, predicted_layouts
     from cloq.manifest import versions
     from cloq.models import locate
@@ -104,7 +104,7 @@ def _run(
         raise SpecError(f"unknown format {form!r}; allowed: {', '.join(FORMATS)}")
     decoder = processes.after_first(lambda: open_decoder(spec, processes))
     decoder.check_streamable()  # encoders and what cannot be streamed, before any text is read
-    given = processes.after_first(lambda: QuantizedFolder(locate(spec.quantized)) if spec.quantized else None)
+    given = processes.after_first(lambda: open_given(locate(spec.quantized), decoder, spec.trust_remote_code) if spec.quantized else None)
     if given is None:
         layers = foreseen(spec, plan_layers(spec, decoder), decoder)
         check_format(decoder, predicted_layouts(layers, decoder), FORMATS[form]())

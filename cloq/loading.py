@@ -101,10 +101,15 @@ def default_dtype(config: dict[str, Any]):
 
 
 def require_libraries(base: Path) -> None:
-    """Raises `MissingLibrary` if the base's format needs a library that is not installed."""
+    """Raises `MissingLibrary` if the base's format needs a library that is not installed, `ExportError` if none puts adapters on it."""
     from cloq.export.read import read_config
 
     method = (read_config(base).get("quantization_config") or {}).get("quant_method")
+    if method == "auto-round":
+        raise ExportError(
+            f"{base} is in AutoRound's own format, and PEFT has no adapters for its layers. Write the same codes as GPTQ, from the folder of "
+            "the run that fitted factors to them: cloq export RUN --format gptq, then name the base RUN/model-gptq"
+        )
     libraries, extra = _NEEDS.get(method, ((), None))
     for library in libraries:
         if importlib.util.find_spec(library) is None:

@@ -36,7 +36,7 @@ LAYERS = (
     {"device", "layers", "manifest"},
     {"pipeline"},
     {"export"},
-    {"frozen", "several_widths"},
+    {"frozen", "given", "several_widths"},
     {"experts_apart"},
     {"loading", "pairing", "merging", "generating", "check", "evaluate", "report", "plan", "tasks"},
     {"api"},

@@ -4,8 +4,8 @@
     folder.weight("model.layers.0.mlp.up_proj")     the codes, scales and zero points
     folder.decoder()                                the whole model, streamed like any other, decoded as it is read
 
-GPTQ v1 and v2, bitsandbytes NF4, compressed-tensors pack-quantized; a folder without `quantization_config` has no quantized
-layers. "Exactly" is before the library rounds to the precision that it computes in: a float16 scale times an integer is given in
+GPTQ v1 and v2, bitsandbytes NF4, compressed-tensors pack-quantized, AutoRound's integer packings; a folder without
+`quantization_config` has no quantized layers. "Exactly" is before the library rounds to the precision that it computes in: a float16 scale times an integer is given in
 float32.
 """
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from cloq.errors import ExportError
+from cloq.export.auto_round import AutoRoundReader
 from cloq.export.compressed_tensors import CompressedTensorsReader
 from cloq.export.format import Reader, StoredLayer
 from cloq.export.gptq import GptqReader
@@ -29,7 +30,12 @@ from cloq.models.skeleton import build_skeleton, load_config
 from cloq.specs import shown
 from cloq.types import AnyQuantizedWeight
 
-READERS: dict[str, type[Reader]] = {"gptq": GptqReader, "bitsandbytes": Nf4Reader, "compressed-tensors": CompressedTensorsReader}
+READERS: dict[str, type[Reader]] = {
+    "gptq": GptqReader,
+    "bitsandbytes": Nf4Reader,
+    "compressed-tensors": CompressedTensorsReader,
+    "auto-round": AutoRoundReader,
+}
 """By `quant_method` in config.json."""
 
 
