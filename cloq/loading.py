@@ -107,8 +107,8 @@ def require_libraries(base: Path) -> None:
     method = (read_config(base).get("quantization_config") or {}).get("quant_method")
     if method == "auto-round":
         raise ExportError(
-            f"{base} is in AutoRound's own format, and PEFT has no adapters for its layers. Write the same codes as GPTQ, from the folder of "
-            "the run that fitted factors to them: cloq export RUN --format gptq, then name the base RUN/model-gptq"
+            f"{base} is in AutoRound's own format, and PEFT has no adapters for its layers. Write the same codes as GPTQ, from the folder "
+            "of the run that fitted factors to them: cloq export RUN --format gptq, then name the base RUN/model-gptq"
         )
     libraries, extra = _NEEDS.get(method, ((), None))
     for library in libraries:

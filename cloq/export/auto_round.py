@@ -64,7 +64,7 @@ class AutoRoundReader:
         for name, values, pattern in _overrides(get("extra_config") or {}):
             grid = values.get("bits", bits), values.get("group_size", size)
             if not _is_dense(grid[0]):
-                _refuse_more(values, f"this AutoRound base's layer {name!r}")
+                _refuse_more(values, f"this AutoRound base's layer {shown(name)}")
                 _check_grid(*grid, packed)
                 beyond |= {name} if _is_name(name) and blocks and not name.startswith(blocks) else set()
             grids.append((pattern, grid[0], _columns(grid[1])))

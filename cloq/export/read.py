@@ -5,8 +5,8 @@
     folder.decoder()                                the whole model, streamed like any other, decoded as it is read
 
 GPTQ v1 and v2, bitsandbytes NF4, compressed-tensors pack-quantized, AutoRound's integer packings; a folder without
-`quantization_config` has no quantized layers. "Exactly" is before the library rounds to the precision that it computes in: a float16 scale times an integer is given in
-float32.
+`quantization_config` has no quantized layers. "Exactly" is before the library rounds to the precision that it computes in: a
+float16 scale times an integer is given in float32.
 """
 
 from __future__ import annotations
