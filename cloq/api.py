@@ -204,6 +204,15 @@ def export(out: str | Path, form: str, target: str | Path | None = None) -> Path
     return write_model(open_decoder(spec.replace(device="cpu")), store, FORMATS[form](), Path(target or store.out / f"model-{form}"))
 
 
+def export_one_rank(out: str | Path, adapter: str | Path | None = None, target: str | Path | None = None) -> Path:
+    """Writes a run's adapter, or another one, with one rank for all layers, by default into `out/adapter-one-rank`: the same products, for
+    servers that read no `rank_pattern`. `ExportError` for what is no plain LoRA."""
+    from cloq.export import write_one_rank
+    from cloq.export.peft import AdapterFolder
+
+    return write_one_rank(AdapterFolder(adapter or Path(out) / "adapter"), Path(target or Path(out) / "adapter-one-rank"))
+
+
 def write_run_file(spec: RunSpec, out: Path) -> None:
     """Everything that repeats the run: settings (local paths made absolute), seed among them, and the versions it ran with."""
     absolute = {key: str(Path(value).resolve()) for key in ("model", "quantized") if (value := getattr(spec, key)) and Path(value).exists()}

@@ -217,6 +217,10 @@ _AGAIN = "write it again by running the same cloq quantize command"
 
 def _fits(adapter: AdapterFolder, base: Path) -> Iterator[Finding]:
     yield from _check_settings(adapter.config)
+    if not adapter.of_one_rank:
+        yield Finding(
+            True, "adapter: layers of several ranks (rank_pattern), which PEFT reads; for servers that do not: cloq export --one-rank"
+        )
     found = fit(adapter, build_skeleton(load_config(base), torch.float32))
     yield _finding("adapter: factors for every layer that PEFT will put some on", found.missing, f"missing; {_AGAIN}")
     yield _finding("adapter: no factors that PEFT would leave aside", found.unused, f"not used; {_AGAIN}")

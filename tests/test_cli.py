@@ -112,6 +112,11 @@ def test_export_writes_beside_the_model(finished, capsys):
     assert (finished / "model-container/config.json").exists() and "model-container" in capsys.readouterr().out
 
 
+def test_export_writes_an_adapter_of_one_rank(finished, tmp_path, capsys):
+    assert main(["export", str(finished), "--one-rank", "--to", str(tmp_path / "padded")]) == 0
+    assert (tmp_path / "padded/adapter_config.json").exists() and "padded" in capsys.readouterr().out
+
+
 def test_plan_says_what_will_happen_without_doing_it(model, text, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["plan", str(model), "--calib", str(text), *TINY]) == 0
@@ -148,6 +153,10 @@ def test_init_fits_factors_to_a_given_base(finished, model, text, tmp_path):
         (["check", "no-such-run"], "no-such-run"),
         (["eval", "no-such-run"], "no-such-run"),
         (["export", "no-such-run", "--format", "dense"], "no-such-run"),
+        (["export", "no-such-run", "--one-rank"], "no-such-run"),
+        (["export", "no-such-run"], "name what to write: --format gptq"),
+        (["export", "no-such-run", "--one-rank", "--format", "dense"], "name what to write"),
+        (["export", "no-such-run", "--format", "dense", "--adapter", "a"], "--adapter is of --one-rank"),
         (["nonesuch"], "nonesuch"),
     ],
 )

@@ -105,15 +105,24 @@ def plan(model: Model = None, config: Config = None, json: Json = False, setting
 @app.command()
 def export(
     out: Run,
-    format: Annotated[str, typer.Option("--format", help="gptq, dense, nf4, compressed-tensors, container.")],
-    target: Annotated[Path | None, typer.Option("--to", help="Folder to write.", show_default="OUT/model-FORMAT")] = None,
+    format: Annotated[str | None, typer.Option("--format", help="gptq, dense, nf4, compressed-tensors, container.")] = None,
+    one_rank: Annotated[bool, typer.Option("--one-rank", help="The adapter, padded to one rank, for servers that need that.")] = False,
+    adapter: Annotated[Path | None, typer.Option("--adapter", help="Of --one-rank.", show_default="OUT/adapter")] = None,
+    target: Annotated[
+        Path | None, typer.Option("--to", help="Folder to write.", show_default="OUT/model-FORMAT, OUT/adapter-one-rank")
+    ] = None,
 ) -> None:
-    """Write the base of a finished run in another format."""
-    from cloq.api import export as write
+    """Write the base of a finished run in another format, or its adapter with one rank."""
+    from cloq import api
+    from cloq.errors import SpecError
     from cloq.models import quiet_libraries
 
+    if one_rank == (format is not None):
+        raise SpecError("name what to write: --format gptq (dense, nf4, compressed-tensors, container) for the base, or --one-rank")
+    if adapter is not None and not one_rank:
+        raise SpecError("--adapter is of --one-rank; the base is the same for every adapter")
     quiet_libraries()
-    print(f"wrote {write(out, format, target)}")
+    print(f"wrote {api.export_one_rank(out, adapter, target) if one_rank else api.export(out, format, target)}")
 
 
 @app.command()

@@ -7,7 +7,7 @@ from cloq.export.folder import check_format, write_model
 from cloq.export.format import Contents, Format
 from cloq.export.gptq import Gptq
 from cloq.export.nf4 import Nf4
-from cloq.export.peft import write_adapter
+from cloq.export.peft import write_adapter, write_one_rank
 
 FORMATS: dict[str, type[Format]] = {form.name: form for form in (Gptq, Container, CompressedTensors, Nf4, Dense)}
 """The formats that `cloq export` can name."""
@@ -24,4 +24,5 @@ __all__ = [
     "check_format",
     "write_adapter",
     "write_model",
+    "write_one_rank",
 ]

@@ -48,6 +48,28 @@ def write_adapter(store: Store, base: str, modules: Iterable[str], target: Path)
     return target
 
 
+def write_one_rank(adapter: AdapterFolder, target: Path) -> Path:
+    """The same products with one rank for all layers, the largest there is, and a scale of 1: zeros make up the others' rows and columns.
+
+    For what reads `r` and `lora_alpha` alone. It is for inference: the added rows and columns have no gradient. Raises `ExportError` for an
+    adapter that is more than products added to linear layers.
+    """
+    adapter.refuse_more_than_lora()
+    factors = {name: adapter.read(name) for name in sorted(adapter.names)}
+    rank = max(len(found.A) for found in factors.values())
+    tensors = adapter.beside_factors()
+    for name, found in factors.items():
+        missing = rank - len(found.A)
+        tensors[f"{_PREFIX}{name}{_A}"] = nn.functional.pad(found.A, (0, 0, 0, missing))
+        tensors[f"{_PREFIX}{name}{_B}"] = nn.functional.pad(found.B * adapter.scale(name), (0, missing))
+    plain = {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
+    config = {**adapter.config, **plain}
+    with writing(target.parent), replaced_when_complete(target) as folder:
+        write_atomically(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+        write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
+    return target
+
+
 def _sort_sets(path: Path) -> None:
     """PEFT keeps target names in a set, whose order changes from process to process; equal runs write equal bytes."""
     values = json.loads(path.read_text("utf8"))
@@ -129,8 +151,17 @@ class AdapterFolder:
         """What PEFT adds to a layer's weight, `(out, in)` float32: `B A` times alpha / r, or alpha / √r where it is rank-stabilised.
         Raises `ExportError` for an adapter that does anything else besides."""
         self.refuse_more_than_lora()
+        return self.read(name).delta() * self.scale(name)
+
+    def scale(self, name: str) -> float:
+        """What PEFT multiplies a layer's `B A` by."""
         rank, alpha = self.rank_and_alpha(name)
-        return self.read(name).delta() * (alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank))
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+    @property
+    def of_one_rank(self) -> bool:
+        """Whether `r` and `lora_alpha` say all of every layer's rank and scale."""
+        return not (self.config.get("rank_pattern") or self.config.get("alpha_pattern"))
 
     def added_to(self, decoder: Decoder) -> Callable[[int, dict[str, nn.Module]], None]:
         """For `cloq.evaluate.perplexity`: puts `W + delta` into every layer of a block that has factors."""
@@ -162,6 +193,10 @@ class AdapterFolder:
         """The layer's own weight, which PEFT saves and loads with the factors of heads and embeddings; `None` where it did not."""
         key = f"{_PREFIX}{name}{_BASE}"
         return self._file.get_tensor(key) if key in self.keys else None
+
+    def beside_factors(self) -> dict[str, Tensor]:
+        """All other tensors: weights that PEFT saves with the factors of heads and embeddings."""
+        return {key: self._file.get_tensor(key) for key in sorted(self.keys - self.expected_keys(self.names))}
 
     def _tensor(self, key: str) -> Tensor:
         if key not in self.keys:

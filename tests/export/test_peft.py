@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 
 from cloq.errors import ExportError
-from cloq.export import write_adapter
+from cloq.export import write_adapter, write_one_rank
 from cloq.export.peft import AdapterFolder, lora_config
 from cloq.quantizers import Rtn
 from tests.finished import edit_json, finish, logits
@@ -53,6 +53,36 @@ def test_several_ranks(tmp_path):
     for name in run.results:
         assert source.rank_and_alpha(name) == (rank(name), rank(name))
     assert_peft_gives(run, base, adapter)
+
+
+@pytest.mark.parametrize("stabilised", [False, True])
+def test_one_rank_for_all_layers_is_the_same_adapter(stabilised, tmp_path):
+    """Scales that differ from layer to layer go into B, since nothing is left in the configuration to say them."""
+    run = finish("llama", tmp_path, rtn, rank=lambda name: 2 if "q_proj" in name else 7 if name.endswith("down_proj") else 4)
+    base = run.export("dense", dtype="float32")
+    adapter = run.adapter(base)
+    edit_json(
+        adapter / "adapter_config.json",
+        lambda c: c.update(lora_alpha=6, use_rslora=stabilised, alpha_pattern={"model.layers.1.mlp.down_proj": 3}),
+    )
+    padded = write_one_rank(AdapterFolder(adapter), tmp_path / "padded")
+    config, source = config_of(padded), AdapterFolder(padded)
+    assert config["r"] == config["lora_alpha"] == 7 and not config["rank_pattern"] and not config["alpha_pattern"] and source.of_one_rank
+    for name in run.results:
+        assert len(source.read(name).A) == 7
+        torch.testing.assert_close(source.delta(name), AdapterFolder(adapter).delta(name))
+        torch.testing.assert_close(source.read(name).delta(), source.delta(name))  # what reads the tensors alone
+    theirs = PeftModel.from_pretrained(load_plain(base), adapter)
+    assert torch.allclose(logits(PeftModel.from_pretrained(load_plain(base), padded)), logits(theirs), atol=1e-4)
+
+
+def test_one_rank_is_refused_for_more_than_products(tmp_path):
+    run = finish("llama", tmp_path, rtn)
+    adapter = run.adapter(tmp_path)
+    edit_json(adapter / "adapter_config.json", lambda c: c.update(use_dora=True))
+    with pytest.raises(ExportError, match="more than a plain LoRA"):
+        write_one_rank(AdapterFolder(adapter), tmp_path / "padded")
+    assert not (tmp_path / "padded").exists()
 
 
 def test_targets_are_short_where_they_are_not_ambiguous(tmp_path):
