@@ -105,14 +105,7 @@ class AutoRoundReader:
         if not self.awq:
             return self.gptq.decode(layer)
         (rows, columns), (bits, group_size) = self.shape(layer), self.gptq.grid(layer.name)
-        specs = self.specs(layer.name, (rows, columns))
-        tensors = {suffix: layer.read(suffix) for suffix in specs}
-        for suffix, tensor in tensors.items():
-            if tuple(tensor.shape) != specs[suffix].shape:
-                raise ExportError(
-                    f"{layer.name}.{suffix} is {tuple(tensor.shape)}, which is not what groups of {group_size or 'a channel'} need "
-                    f"({specs[suffix].shape}); config.json and the tensors disagree"
-                )
+        tensors = layer.read_all(self.specs(layer.name, (rows, columns)), bits, group_size)
         codes, zero = (_unpack_awq(tensors[suffix]) for suffix in ("qweight", "qzeros"))
         scale, groups = tensors["scales"].T.float().contiguous(), torch.arange(columns) // (group_size or columns)
         return QuantizedWeight(codes, scale, zero, groups, bits, group_size, bool((zero == 2 ** (bits - 1)).all()))

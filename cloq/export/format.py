@@ -104,6 +104,18 @@ class StoredLayer:
     def shape(self, suffix: str) -> tuple[int, ...]:
         return self.source.shape(self._full(suffix))
 
+    def read_all(self, specs: dict[str, TensorSpec], bits: int, group_size: int | None) -> dict[str, Tensor]:
+        """The tensors that config.json promises, by suffix. bits, group_size: for the message of the `ExportError` where one has another
+        shape."""
+        tensors = {suffix: self.read(suffix) for suffix in specs}
+        for suffix, tensor in tensors.items():
+            if tuple(tensor.shape) != specs[suffix].shape:
+                raise ExportError(
+                    f"{self.name}.{suffix} is {tuple(tensor.shape)}, which is not what {bits} bits in groups of "
+                    f"{group_size or 'a channel'} need ({specs[suffix].shape}); config.json and the tensors disagree"
+                )
+        return tensors
+
     def _full(self, suffix: str) -> str:
         if suffix not in self.suffixes:
             have = ", ".join(sorted(self.suffixes))

@@ -233,13 +233,8 @@ class GptqReader:
 
     def decode(self, layer: StoredLayer) -> QuantizedWeight:
         specs, (bits, group_size) = self.specs(layer.name, self.shape(layer)), self.grid(layer.name)
-        tensors = {suffix: layer.read(suffix) for suffix in specs if suffix != "g_idx" or suffix in layer.suffixes}
-        for suffix, tensor in tensors.items():
-            if tuple(tensor.shape) != specs[suffix].shape:
-                raise ExportError(
-                    f"{layer.name}.{suffix} is {tuple(tensor.shape)}, which is not what {bits} bits in groups of "
-                    f"{group_size or 'a channel'} need ({specs[suffix].shape}); config.json and the tensors disagree"
-                )
+        there = {suffix: spec for suffix, spec in specs.items() if suffix != "g_idx" or suffix in layer.suffixes}
+        tensors = layer.read_all(there, bits, group_size)
         if self.version == 1:
             tensors["qzeros"] = zeros_v1_to_v2(tensors["qzeros"], bits)
         groups = len(tensors["scales"])
