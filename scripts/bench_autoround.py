@@ -15,6 +15,7 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from quality.cells import Cell, Kept
@@ -49,7 +50,8 @@ def factors(args: argparse.Namespace, protocol: Protocol, base: Path, out: Path)
         "--seq-len": protocol.calib_len, "--rank": protocol.rank, "--out": out,
     }  # fmt: skip
     flags = [str(word) for pair in settings.items() for word in pair]
-    subprocess.run([sys.executable, "-m", "cloq", "init", *flags, "--quiet"], check=True)
+    if not (out / "report.json").exists():
+        subprocess.run([sys.executable, "-m", "cloq", "init", *flags, "--quiet"], check=True)
     report = json.loads((out / "report.json").read_text())
     return {"seconds": report["seconds"], "peak MiB": report["peak_memory"]["host"] / 2**20}
 
@@ -74,8 +76,9 @@ def trained(args: argparse.Namespace, protocol: Protocol, name: str, base: Path,
     return found
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     from cloq.evaluate import evaluation_tokens, perplexity
+    from cloq.export.peft import AdapterFolder
     from cloq.export.read import QuantizedFolder
     from cloq.models import load_tokenizer, quiet_libraries
     from cloq.pairing import base_folder
@@ -89,7 +92,7 @@ def main() -> None:
     parser.add_argument("--lrs", type=float, nargs="+", default=[3e-4])
     parser.add_argument("--compare", nargs="*", default=[], help="folders of runs to train alike")
     parser.add_argument("--out", required=True, type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     quiet_libraries()
     protocol, made = read_protocol(args), args.out / f"{METHOD}-{args.bits}-{args.iters}"
     rows = [{"what": "AutoRound's codes", **codes(args, protocol, made)}]
@@ -101,8 +104,6 @@ def main() -> None:
     kept = Kept(args.out / "cells")
     rows[1] |= trained(args, protocol, f"{METHOD}-{args.iters}", made / "model", made / "factors" / "adapter", kept)
     for run in map(Path, args.compare):
-        from cloq.export.peft import AdapterFolder
-
         base = base_folder(run, AdapterFolder(run / "adapter"))
         rows.append({"what": run.name, **trained(args, protocol, run.name, base, run / "adapter", kept)})
     for row in rows:
