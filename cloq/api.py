@@ -206,11 +206,12 @@ def export(out: str | Path, form: str, target: str | Path | None = None) -> Path
 
 def export_one_rank(out: str | Path, adapter: str | Path | None = None, target: str | Path | None = None) -> Path:
     """Writes a run's adapter, or another one, with one rank for all layers, by default into `out/adapter-one-rank`: the same products, for
-    servers that read no `rank_pattern`. `ExportError` for what is no plain LoRA."""
+    servers that read no `rank_pattern`. `ExportError` for what is no plain LoRA, and for a `target` with other content."""
     from cloq.export import write_one_rank
     from cloq.export.peft import AdapterFolder
 
-    return write_one_rank(AdapterFolder(adapter or Path(out) / "adapter"), Path(target or Path(out) / "adapter-one-rank"))
+    usual = Path(out) / "adapter-one-rank"
+    return write_one_rank(AdapterFolder(adapter or Path(out) / "adapter"), Path(target or usual), own=target is None)
 
 
 def write_run_file(spec: RunSpec, out: Path) -> None:

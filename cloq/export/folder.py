@@ -41,7 +41,7 @@ def write_model(decoder: Decoder, store: Store, form: Format, target: Path) -> P
     finished, total = store.finished(), len(decoder.blocks)
     if finished < total:
         raise ExportError(f"{store.out} has {finished} of {total} blocks finished; run cloq quantize again to complete it")
-    _refuse_other_content(target, store.out)
+    refuse_other_content(target, target.resolve().parent == store.out.resolve() and target.name.split("-")[0] == "model")
     config, contents = _checked(decoder, {name: summary.layout for name, summary in store.summaries().items()}, form)
     return write_folder(_all_tensors(decoder, store, form, contents), config, decoder.folder, target)
 
@@ -266,10 +266,8 @@ def _companions(source: Path, code: bool) -> list[Path]:
     return found
 
 
-def _refuse_other_content(target: Path, out: Path) -> None:
-    """An export may take the place of an earlier one in the run's folder (`model`, `model-nf4`), of an empty folder, or of
-    nothing."""
-    own = target.resolve().parent == out.resolve() and target.name.split("-")[0] == "model"
+def refuse_other_content(target: Path, own: bool) -> None:
+    """An export may take the place of an earlier one of its run (`own`), of an empty folder, or of nothing. Raises `ExportError`."""
     if target.exists() and not own and (not target.is_dir() or any(target.iterdir())):
         raise ExportError(f"{target} exists already; choose a new or empty folder for the export")
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from cloq.errors import ExportError
-from cloq.export.folder import replaced_when_complete
+from cloq.export.folder import refuse_other_content, replaced_when_complete
 from cloq.models import Decoder, set_weight
 from cloq.store import Store, write_atomically, write_tensors, writing
 from cloq.types import LoraFactors
@@ -48,12 +48,13 @@ def write_adapter(store: Store, base: str, modules: Iterable[str], target: Path)
     return target
 
 
-def write_one_rank(adapter: AdapterFolder, target: Path) -> Path:
+def write_one_rank(adapter: AdapterFolder, target: Path, own: bool = False) -> Path:
     """The same products with one rank for all layers, the largest there is, and a scale of 1: zeros make up the others' rows and columns.
 
-    For what reads `r` and `lora_alpha` alone. It is for inference: the added rows and columns have no gradient. Raises `ExportError` for an
-    adapter that is more than products added to linear layers.
+    For what reads `r` and `lora_alpha` alone. It is for inference: the added rows and columns have no gradient. own: whether what `target`
+    holds is an earlier one. Raises `ExportError` for an adapter that is more than products added to linear layers, and for other content.
     """
+    refuse_other_content(target, own)
     adapter.refuse_more_than_lora()
     factors = {name: adapter.read(name) for name in sorted(adapter.names)}
     rank = max(len(found.A) for found in factors.values())

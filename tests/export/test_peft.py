@@ -85,6 +85,18 @@ def test_one_rank_is_refused_for_more_than_products(tmp_path):
     assert not (tmp_path / "padded").exists()
 
 
+def test_one_rank_takes_nobodys_place(tmp_path):
+    run = finish("llama", tmp_path, rtn)
+    adapter = AdapterFolder(run.adapter(tmp_path))
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "thesis.txt").write_text("years of work")
+    for target in (tmp_path / "kept", adapter.folder):
+        with pytest.raises(ExportError, match="exists already; choose a new or empty folder"):
+            write_one_rank(adapter, target)
+    assert (tmp_path / "kept" / "thesis.txt").exists()
+    assert write_one_rank(adapter, write_one_rank(adapter, tmp_path / "padded"), own=True)
+
+
 def test_targets_are_short_where_they_are_not_ambiguous(tmp_path):
     whole = finish("llama", tmp_path / "whole", rtn)
     assert config_of(whole.adapter(tmp_path))["target_modules"] == sorted({name.rsplit(".", 1)[1] for name in whole.results})
