@@ -20,30 +20,12 @@ from pathlib import Path
 
 from quality.cells import Cell, Kept
 from quality.protocol import Protocol, add_arguments, read_protocol
+from quality.rivals import Refused, autoround_codes
 
 METHOD = "autoround"
 
 
-def codes(args: argparse.Namespace, protocol: Protocol, out: Path) -> dict[str, float]:
-    """AutoRound's base in `out/model`, made once; what it cost."""
-    from safetensors.torch import save_file
-
-    from cloq.calibration import calibration_tokens
-    from cloq.models import load_tokenizer
-    from cloq.specs import CalibSpec
-
-    if not (out / "cost.json").exists():
-        out.mkdir(parents=True, exist_ok=True)
-        spec = CalibSpec(protocol.calibration_text, protocol.calib_samples, protocol.calib_len)
-        save_file({"tokens": calibration_tokens(spec, load_tokenizer(Path(protocol.model))).calibration}, out / "tokens.safetensors")
-        settings = {"--bits": args.bits, "--group-size": protocol.group_size, "--iters": args.iters}
-        flags = [word for name, value in settings.items() for word in (name, str(value))]
-        script = Path(__file__).parent / "quality" / "autoround_codes.py"
-        subprocess.run([args.python, str(script), protocol.model, str(out / "tokens.safetensors"), str(out), *flags], check=True)
-    return json.loads((out / "cost.json").read_text())
-
-
-def factors(args: argparse.Namespace, protocol: Protocol, base: Path, out: Path) -> dict[str, float]:
+def factors(protocol: Protocol, base: Path, out: Path) -> dict[str, float]:
     """`cloq init` for the base, in a process of its own; what it cost."""
     settings = {
         "--dense": protocol.model, "--quantized": base, "--calib": protocol.calibration_text, "--calib-samples": protocol.calib_samples,
@@ -87,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_arguments(parser)
     parser.add_argument("--python", required=True, help="of an environment with AutoRound")
     parser.add_argument("--iters", type=int, default=200, help="AutoRound's steps for each block; 200 is its default, 50 its light recipe")
+    parser.add_argument("--rival-minutes", type=float, default=600, help="what AutoRound may take")
     parser.add_argument("--bits", type=int, default=2)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
     parser.add_argument("--lrs", type=float, nargs="+", default=[3e-4])
@@ -95,12 +78,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     quiet_libraries()
     protocol, made = read_protocol(args), args.out / f"{METHOD}-{args.bits}-{args.iters}"
-    rows = [{"what": "AutoRound's codes", **codes(args, protocol, made)}]
+    try:
+        autoround_codes(protocol, args.bits, args.iters, args.python, made, args.rival_minutes)
+    except Refused as error:
+        raise SystemExit(f"error: AutoRound: {error}") from error
+    rows = [{"what": "AutoRound's codes", **json.loads((made / "cost.json").read_text())}]
     tokens = evaluation_tokens(
         Path(protocol.test).read_text("utf8"), load_tokenizer(Path(protocol.model)), protocol.eval_len, protocol.test_samples
     )
     rows[0]["perplexity"] = perplexity(QuantizedFolder(made / "model").decoder(), tokens).value
-    rows.append({"what": "CLoQ's factors on them", **factors(args, protocol, made / "model", made / "factors")})
+    rows.append({"what": "CLoQ's factors on them", **factors(protocol, made / "model", made / "factors")})
     kept = Kept(args.out / "cells")
     rows[1] |= trained(args, protocol, f"{METHOD}-{args.iters}", made / "model", made / "factors" / "adapter", kept)
     for run in map(Path, args.compare):

@@ -13,6 +13,7 @@ plain GPTQ folders as well (`--format auto_gptq`), which are read as such.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,12 +40,10 @@ _DENSE = 16
 
 @dataclass(frozen=True)
 class AutoRoundReader:
-    """gptq: widths, group sizes and GPTQ's way of packing. awq: whether layers are packed as AWQ packs them instead. with_index: whether
-    g_idx is stored. blocks: what the names of quantized layers start with; empty where config.json does not say. beyond: layers outside of
-    the blocks that are quantized too."""
+    """packed: how layers are packed, with which widths and group sizes. with_index: whether g_idx is stored. blocks: what the names of
+    quantized layers start with; empty where config.json does not say. beyond: layers outside of the blocks that are quantized too."""
 
-    gptq: GptqReader
-    awq: bool
+    packed: GptqReader
     with_index: bool
     blocks: tuple[str, ...] = ()
     beyond: frozenset[str] = frozenset()
@@ -68,27 +67,38 @@ class AutoRoundReader:
                 _check_grid(*grid, packed)
                 beyond |= {name} if _is_name(name) and blocks and not name.startswith(blocks) else set()
             grids.append((pattern, grid[0], _columns(grid[1])))
-        gptq = GptqReader(bits, _columns(size), _GPTQ_VERSIONS.get(packed, 2), dynamic=tuple(grids))
-        return cls(gptq, packed == _AWQ, packed == "auto_round:gptqmodel", blocks, frozenset(beyond))
+        reader = _AwqPacked if packed == _AWQ else GptqReader
+        layers = reader(bits, _columns(size), _GPTQ_VERSIONS.get(packed, 2), dynamic=tuple(grids))
+        return cls(layers, packed == "auto_round:gptqmodel", blocks, frozenset(beyond))
 
     @property
     def widths(self) -> frozenset[int]:
-        return frozenset(bits for bits in self.gptq.widths if not _is_dense(bits))
+        return frozenset(bits for bits in self.packed.widths if not _is_dense(bits))
 
     def layers(self, model: nn.Module) -> set[str]:
         linear = {name for name, module in model.named_modules() if type(module) is nn.Linear or is_conv1d(module)}
-        inside = {name for name in linear if name.startswith(self.blocks)} if self.blocks else self.gptq.layers(model)
-        return {name for name in inside | (linear & self.beyond) if not _is_dense(self.gptq.grid(name)[0])}
+        inside = {name for name in linear if name.startswith(self.blocks)} if self.blocks else self.packed.layers(model)
+        return {name for name in inside | (linear & self.beyond) if not _is_dense(self.packed.grid(name)[0])}
 
     def obstacle(self, model: nn.Module, layers: set[str]) -> str | None:
-        return self.gptq.obstacle(model, layers)
+        return self.packed.obstacle(model, layers)
 
     def specs(self, name: str, shape: tuple[int, int]) -> dict[str, TensorSpec]:
-        if not self.awq:
-            specs = self.gptq.specs(name, shape)
-            return specs if self.with_index else {suffix: spec for suffix, spec in specs.items() if suffix != "g_idx"}
-        (rows, columns), (_, group_size) = shape, self.gptq.grid(name)
-        groups = -(-columns // (group_size or columns))
+        return {suffix: spec for suffix, spec in self.packed.specs(name, shape).items() if suffix != "g_idx" or self.with_index}
+
+    def shape(self, layer: StoredLayer) -> tuple[int, int]:
+        return self.packed.shape(layer)
+
+    def decode(self, layer: StoredLayer) -> AnyQuantizedWeight:
+        return self.packed.decode(layer)
+
+
+class _AwqPacked(GptqReader):
+    """Layers packed along their outputs, in AWQ's order."""
+
+    def specs(self, name: str, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+        (rows, columns), (_, group_size) = shape, self.grid(name)
+        groups = math.ceil(columns / (group_size or columns))
         return {
             "qweight": TensorSpec((columns, rows // len(_AWQ_ORDER)), (torch.int32,)),
             "qzeros": TensorSpec((groups, rows // len(_AWQ_ORDER)), (torch.int32,)),
@@ -96,15 +106,11 @@ class AutoRoundReader:
         }
 
     def shape(self, layer: StoredLayer) -> tuple[int, int]:
-        if not self.awq:
-            return self.gptq.shape(layer)
         columns, words = layer.shape("qweight")
         return words * len(_AWQ_ORDER), columns
 
-    def decode(self, layer: StoredLayer) -> AnyQuantizedWeight:
-        if not self.awq:
-            return self.gptq.decode(layer)
-        (rows, columns), (bits, group_size) = self.shape(layer), self.gptq.grid(layer.name)
+    def decode(self, layer: StoredLayer) -> QuantizedWeight:
+        (rows, columns), (bits, group_size) = self.shape(layer), self.grid(layer.name)
         tensors = layer.read_all(self.specs(layer.name, (rows, columns)), bits, group_size)
         codes, zero = (_unpack_awq(tensors[suffix]) for suffix in ("qweight", "qzeros"))
         scale, groups = tensors["scales"].T.float().contiguous(), torch.arange(columns) // (group_size or columns)

@@ -6,6 +6,9 @@ too). The base is an ordinary GPTQ v2 folder.
 
 `peft-loftq`: PEFT's `init_lora_weights="loftq"` with the five rounds of LoftQ's paper (PEFT's default is one). PEFT has it for 4 bits (NF4)
 and 8, not below, and packs nothing: what it leaves in the model, and what is kept here, are the NF4 codes' decoded values in float32.
+
+AutoRound's codes (for bench_autoround.py): its defaults but for the number of steps, on the very tokens that cloq draws, by the Python of
+an environment of its own; an ordinary GPTQ folder.
 """
 
 from __future__ import annotations
@@ -47,6 +50,27 @@ def gptqmodel_eora(protocol: Protocol, bits: int, out: Path, minutes: float) -> 
         run_limited([*command, "--out", str(folder)], out.with_suffix(".log"), minutes)
 
     return _kept(out, asked | {"model": protocol.model}, make)
+
+
+def autoround_codes(protocol: Protocol, bits: int, iters: int, python: str, out: Path, minutes: float) -> Path:
+    """`out/model`, and what it cost in `out/cost.json`. Raises `Refused` if AutoRound is not done in time, or fails."""
+    settings = {"bits": bits, "group-size": protocol.group_size, "iters": iters}
+    tokens = {"calib": protocol.calibration_text, "samples": protocol.calib_samples, "seq-len": protocol.calib_len}
+    flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+
+    def make(folder: Path) -> None:
+        from safetensors.torch import save_file
+
+        from cloq.calibration import calibration_tokens
+        from cloq.models import load_tokenizer
+        from cloq.specs import CalibSpec
+
+        spec, drawn = CalibSpec(*tokens.values()), folder / "tokens.safetensors"
+        save_file({"tokens": calibration_tokens(spec, load_tokenizer(Path(protocol.model))).calibration}, drawn)
+        script = Path(__file__).parent / "autoround_codes.py"
+        run_limited([python, str(script), protocol.model, str(drawn), str(folder), *flags], out.with_suffix(".log"), minutes)
+
+    return _kept(out, settings | tokens | {"model": protocol.model}, make)
 
 
 def run_limited(command: list[str], log: Path, minutes: float) -> None:
