@@ -8,7 +8,8 @@ should have been `s°`. Its compressed weight does best not to copy `W` but to a
 
 `W D + R` is `Σ (t° − t) xᵀ`, where `t°` and `t` are the streams with the layer's output in them, while its weight is `W` in both models. So
 everything that quantizes `W` and fits factors to it quantizes and fits `W*` in the same way. With few tokens the whole step fits
-their noise: `G` is damped as for GPTQ, and a share of the step is taken.
+their noise, the more so the less of what went wrong can be told from `x`: so `G` is damped, and a share of the step is taken. Both are
+chosen for each layer by what they leave of the same sums over held-out tokens.
 
 The first half, `D`, is known from QEP (Arai and Ichikawa, arXiv:2504.09629) and GPTAQ (Li et al., arXiv:2504.02692). The second, that a
 layer whose output is added to the stream answers for the stream, is cloq's.
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +28,10 @@ from cloq import linalg
 from cloq.types import LayerStats
 
 DAMPING = 0.01
-"""Of the Gram matrix, relative to its mean diagonal."""
+"""Of the Gram matrix, relative to its mean diagonal, where the share is given."""
+
+DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+"""Those that are tried where it is chosen."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,5 +66,48 @@ def corrected(weight: Tensor, stats: LayerStats, drift: Drift, share: float) -> 
     """`W + share · (W D + R) (G + λ I)⁻¹`, `(out, in)` float32. A damping that fails is raised, as everywhere."""
     weight = weight.float()
     factor, _ = stats.once((corrected, DAMPING), lambda: linalg.damped_cholesky(stats.gram.float(), DAMPING))
-    step = torch.linalg.solve_triangular(factor.T, drift.step(weight), upper=False, left=False)  # H = R Rᵀ: X H⁻¹ = (X R⁻ᵀ) R⁻¹
-    return weight + share * torch.linalg.solve_triangular(factor, step, upper=True, left=False)
+    return weight + share * _solved(factor, drift.step(weight))
+
+
+def corrected_for(unseen: LayerStats, its_drift: Drift, weight: Tensor, stats: LayerStats, drift: Drift) -> Tensor:
+    """`W + c · (W D + R) (G + λ I)⁻¹`, `(out, in)` float32, with the λ among `DAMPINGS` and the c ≥ 0 that are best for other tokens.
+
+    unseen, its_drift: of those. For a step `P` and `Gʰ, Dʰ, Rʰ` over them the deviation there falls by `2c ⟨P, W Dʰ + Rʰ⟩ − c² ‖P Sʰ‖²`,
+    so that the best c is a quotient. It falls the most for one λ and less to either side, so neighbours are tried as long as it falls
+    more. Without tokens, or where no step helps, the weight stays as it is.
+    """
+    weight = weight.float()
+    wanted, theirs = drift.step(weight), its_drift.step(weight)
+
+    def tried(damping: float) -> _Trial:
+        factor, _ = linalg.damped_cholesky(stats.gram.float(), damping)
+        step = _solved(factor, wanted)
+        along, squared = max(0.0, float((step * theirs).sum(dtype=torch.float64))), linalg.gram_norm2(step, unseen.gram)
+        return _Trial(along * linalg.share(along, squared), linalg.share(along, squared), step)
+
+    start = len(DAMPINGS) // 2
+    best = tried(DAMPINGS[start])
+    for dampings in (DAMPINGS[start + 1 :], DAMPINGS[:start][::-1]):
+        before = best
+        for damping in dampings:
+            trial = tried(damping)
+            if trial.won <= best.won:
+                break
+            best = trial
+        if best is not before:
+            break
+    return weight + best.share * best.step
+
+
+class _Trial(NamedTuple):
+    """won: by how much the deviation of held-out tokens falls."""
+
+    won: float
+    share: float
+    step: Tensor
+
+
+def _solved(factor: Tensor, step: Tensor) -> Tensor:
+    """`X H⁻¹` for `X (out, in)` and `H = R Rᵀ`."""
+    half = torch.linalg.solve_triangular(factor.T, step, upper=False, left=False)  # X H⁻¹ = (X R⁻ᵀ) R⁻¹
+    return torch.linalg.solve_triangular(factor, half, upper=True, left=False)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from cloq.calibration import CalibrationTokens
 from cloq.capture import groups_of, statistics, top_up_experts
 from cloq.distributed import ALONE, Processes, shared_out
-from cloq.drift import Drift, corrected
+from cloq.drift import Drift, corrected, corrected_for
 from cloq.errors import ModelError, SpecError
 from cloq.fisher import output_weights, squared_gradients_of
 from cloq.layers import plan_layers
@@ -92,11 +92,19 @@ def _refuse_differing(processes: Processes, about: dict[str, Any]) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Streams:
-    """The activations on their way through the blocks, this process's own; each is replaced in place, block after block."""
+    """The activations on their way through the blocks, this process's own; each is replaced in place, block after block.
+
+    reference, unseen: the original model's, of the calibration and of the held-out tokens, where the run corrects.
+    """
 
     calibration: list[Batch]
     heldout: list[Batch]
     reference: Reference | None
+    unseen: Reference | None
+
+    @property
+    def references(self) -> list[Reference]:
+        return [reference for reference in (self.reference, self.unseen) if reference]
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,13 +157,13 @@ class _Loop:
                 self._apply(stored, block)
                 self.emit("replay", {"block": index, "blocks": total})
             else:
-                results = loop._solve_block(block, streams.reference)
+                results = loop._solve_block(block, streams)
                 with clock("store"):
                     if self.processes.first:
                         self.store.write(index, results)
             if index < last:
                 with clock("propagate"):
-                    for forwards in (block.calibration, block.heldout, *([streams.reference] if streams.reference else [])):
+                    for forwards in (block.calibration, block.heldout, *streams.references):
                         forwards.propagate()
             del block
             decoder.drop_block(index)
@@ -182,7 +190,8 @@ class _Loop:
             return self.decoder.enter(part, self.spec.batch_tokens, first_alone) if len(part) else []
 
         reference = Reference(self.decoder, enter(tokens.calibration, True)) if self.spec.corrects else None
-        return _Streams(enter(tokens.calibration, True), enter(tokens.heldout, False), reference)
+        unseen = Reference(self.decoder, enter(tokens.heldout, False)) if self.spec.corrects and self.spec.calib.heldout_samples else None
+        return _Streams(enter(tokens.calibration, True), enter(tokens.heldout, False), reference, unseen)
 
     def _block(self, index: int, streams: _Streams, kind: Kind, room: Room) -> _Block:
         linears, prefix = self.decoder.linears(index), self.decoder.block_name(index) + "."
@@ -192,11 +201,11 @@ class _Loop:
             ordered = {part: end for part, end in kind.ends.items() if not self.layers[prefix + end.layer].dense}
             ends, final = ordered if self.spec.one_by_one else {}, ()
         calibration, heldout = (Forwards(self.decoder, index, part, ends, room, final) for part in (streams.calibration, streams.heldout))
-        if streams.reference:
-            streams.reference.enter(index, linears, kind, room)
+        for reference in streams.references:
+            reference.enter(index, linears, kind, room)
         return _Block(index, linears, calibration, heldout)
 
-    def _solve_block(self, block: _Block, reference: Reference | None) -> dict[str, LayerResult]:
+    def _solve_block(self, block: _Block, streams: _Streams) -> dict[str, LayerResult]:
         """One forward per round; later rounds see the layers of earlier ones already quantized."""
         decoder, processes, linears = self.decoder, self.processes, block.linears
         wanted = {name: module for name, module in linears.items() if not self.layers[name].dense}
@@ -208,18 +217,20 @@ class _Loop:
         for together in decoder.rounds(groups, self.spec.one_by_one):
             owner = shared_out(together, {name: linear_shape(linears[name]) for group in together for name in group}, processes.size)
             with self.clock("capture"):
-                stats, drifts = statistics(decoder, linears, together, block.calibration, processes, reference)
+                stats, drifts = statistics(decoder, linears, together, block.calibration, processes, streams.reference)
                 stats |= top_up_experts(decoder, linears, block.calibration, stats, processes)
-                unseen = {}
+                unseen, unseen_drifts = {}, {}
                 if self.spec.calib.heldout_samples:
-                    unseen, _ = statistics(decoder, linears, together, block.heldout, processes)
+                    unseen, unseen_drifts = statistics(decoder, linears, together, block.heldout, processes, streams.unseen)
             for group in together:
                 seen, held = stats.pop(group[0]), unseen.pop(group[0], None)  # gone, with what was found from them, before the next ones
                 own = [name for name in group if owner[name] == processes.rank]
                 for name in own:
                     with self.clock("solve"):
-                        weighted = seen.for_outputs(self.outputs.get(name))
-                        results[name] = self._solve_layer(name, linears[name], weighted, held, drifts.pop(name, None))
+                        weight = self.decoder.weight(name, linears[name])
+                        if drift := drifts.pop(name, None):
+                            weight = self._corrected(weight, seen, drift, held, unseen_drifts.pop(name, None))
+                        results[name] = self._solve_layer(name, weight, seen.for_outputs(self.outputs.get(name)), held)
                     self._tell(block, name, results[name])
                 del seen, held
                 with self.clock("apply"):
@@ -231,12 +242,17 @@ class _Loop:
             results |= others
         return {name: results[name] for name in linears if name in results}
 
-    def _solve_layer(
-        self, name: str, module: nn.Module, seen: LayerStats, unseen: LayerStats | None, drift: Drift | None
-    ) -> LayerResult:  # fmt: skip
-        weight = self.decoder.weight(name, module)
-        if drift:
-            weight = corrected(weight, seen, drift, self.spec.correction)
+    def _corrected(
+        self, weight: Tensor, seen: LayerStats, drift: Drift, unseen: LayerStats | None, unseen_drift: Drift | None
+    ) -> Tensor:  # fmt: skip
+        """The weight that the layer is asked for: as much of a correction as the run says, or as helps held-out tokens the most."""
+        if self.spec.correction is not None:
+            return corrected(weight, seen, drift, self.spec.correction)
+        if unseen is None or unseen_drift is None:
+            raise ValueError("a correction cannot be chosen without what held-out tokens say of it")
+        return corrected_for(unseen, unseen_drift, weight, seen, drift)
+
+    def _solve_layer(self, name: str, weight: Tensor, seen: LayerStats, unseen: LayerStats | None) -> LayerResult:
         return solve_layer(weight, seen, unseen, self.layers[name], self.spec.lora, self.given.weight(name) if self.given else None)
 
     def _of_others(self, own: dict[str, LayerResult]) -> dict[str, LayerResult]:

@@ -251,8 +251,9 @@ class RunSpec(Spec):
     quantized: folder of a base that someone else quantized; its codes are taken as they are and only the factors are found (`cloq init`).
     propagate: what later layers are calibrated on: the outputs of `Q + BA` (`adapter`), of `Q` (`quantized`) or of the original (`dense`).
     sequential: inside a block, later layers see the earlier ones already quantized; otherwise one forward serves the whole block.
-    correction: share of what the layers before have done wrong that each layer is asked to make up for (see `cloq.drift`); 0 is the
-        published method. Where later layers are calibrated on the original's outputs there is nothing to make up for.
+    correction: how much of what the layers before have done wrong each layer is asked to make up for (see `cloq.drift`): `None` for what
+        helps held-out text the most, layer by layer, or a share for all layers; 0 is the published method. Where later layers are
+        calibrated on the original's outputs there is nothing to make up for.
     fisher: share of what an output counts for CLoQ's factors that is how much the loss depends on it (see `cloq.fisher`); the rest is the
         same for all. 0 is the published method, and needs no backward pass.
     mean_bits: what weights get on average, of 2, 3 and 4 bits, in place of the width in `quant`; each layer gets what lowers the loss the
@@ -273,7 +274,7 @@ class RunSpec(Spec):
     rules: tuple[Rule, ...] = ()
     propagate: str = "adapter"
     sequential: bool = True
-    correction: float = 0.5
+    correction: float | None = None
     fisher: float = 0.0
     mean_bits: float | None = None
     adaptive_rank: bool = False
@@ -288,7 +289,13 @@ class RunSpec(Spec):
             self.quantized is None or self.lora.init not in ("loftq", "pissa"),
             f"init {self.lora.init!r} changes the quantized weight and cannot be fitted to a given base; use cloq, eora, qera, svd or zero",
         )
-        require(0 <= self.correction <= 1, f"correction is {self.correction}; it is a share between 0 (off) and 1")
+        share = self.correction
+        require(share is None or 0 <= share <= 1, f"correction is {share}; it is a share between 0 (off) and 1")
+        require(
+            not self.chooses_correction or self.calib.heldout_samples > 0,
+            "how much each layer makes up for is chosen on held-out text, and heldout is 0; give a share of the sequences, such as "
+            "--heldout 0.125, or the same for all layers, such as --correction 0.5",
+        )
         require(0 <= self.fisher < 1, f"fisher is {self.fisher}; it is a share from 0 (off) to below 1")
         for name, owners in RUN_SETTINGS.items():
             require(
@@ -306,7 +313,12 @@ class RunSpec(Spec):
     @property
     def corrects(self) -> bool:
         """Whether the original model's activations go along, for later layers to make up for earlier ones."""
-        return self.correction > 0 and self.propagate != "dense"
+        return self.correction != 0 and self.propagate != "dense"
+
+    @property
+    def chooses_correction(self) -> bool:
+        """Whether how much each layer makes up for is chosen on held-out text."""
+        return self.correction is None and self.corrects
 
     @property
     def weighs_outputs(self) -> bool:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cloq.drift import Drift, corrected
+from cloq.drift import DAMPINGS, Drift, corrected, corrected_for
 from cloq.types import LayerStats
 
 OUT, IN, TOKENS = 10, 16, 200
@@ -68,6 +68,52 @@ def test_no_drift_and_no_share_change_nothing(paired):
     assert torch.equal(corrected(weight, statistics(inputs), Drift(torch.zeros(IN, IN)), 1.0), weight)
     assert torch.equal(corrected(weight, statistics(inputs), Drift(sums=torch.zeros(OUT, IN)), 1.0), weight)
     assert torch.equal(corrected(weight, statistics(inputs), drift_of(paired), 0.0), weight)
+
+
+def halves(paired, noise=0.0):
+    """The same layer on two sets of tokens; of the first, the streams are noisy."""
+    generator = torch.Generator().manual_seed(1)
+    true, inputs, true_stream, its_stream, weight = paired
+    noisy = true_stream + noise * torch.randn(true_stream.shape, generator=generator, dtype=torch.float64)
+    few, others = slice(None, 40), slice(40, None)
+    return (*(part[few] for part in (true, inputs, noisy, its_stream)), weight), (
+        *(part[others] for part in (true, inputs, true_stream, its_stream)),
+        weight,
+    )
+
+
+@pytest.mark.parametrize("stream", (True, False))
+@pytest.mark.parametrize("noise", (0.0, 1.0, 4.0))
+def test_a_chosen_correction_is_the_best_of_all_for_other_tokens(paired, stream, noise):
+    seen, unseen = halves(paired, noise)
+    weight, stats = paired[4], statistics(seen[1])
+    found = corrected_for(statistics(unseen[1]), drift_of(unseen, stream), weight, stats, drift_of(seen, stream))
+
+    def step(damping):
+        damped = stats.gram.double() + damping * stats.gram.double().diagonal().mean() * torch.eye(IN)
+        return drift_of(seen, stream).step(weight).double() @ damped.inverse()
+
+    shares = torch.linspace(0, 2, 201).tolist()
+    tried = [deviation(unseen, weight + share * step(damping), stream) for damping in DAMPINGS for share in shares]
+    assert deviation(unseen, found, stream) == pytest.approx(min(tried), rel=1e-3)
+    assert min(tried) < deviation(unseen, corrected(weight, stats, drift_of(seen, stream), 1.0), stream)
+
+
+def test_noise_is_damped(paired):
+    """What the tokens say of the stream is mostly noise: little of it is believed."""
+    seen, unseen = halves(paired, noise=4.0)
+    arguments = (statistics(unseen[1]), drift_of(unseen), paired[4], statistics(seen[1]), drift_of(seen))
+    moved, whole = (found - paired[4] for found in (corrected_for(*arguments), corrected(*arguments[2:], 1.0)))
+    assert float(moved.norm()) < 0.5 * float(whole.norm())
+
+
+def test_a_step_that_does_not_help_others_is_not_taken(paired):
+    seen, unseen = halves(paired)
+    away = Drift(sums=-drift_of(unseen).sums)
+    kept = corrected_for(statistics(unseen[1]), away, paired[4], statistics(seen[1]), drift_of(seen))
+    assert torch.equal(kept, paired[4])
+    none = LayerStats(torch.zeros(IN, IN), 0)
+    assert torch.equal(corrected_for(none, Drift(torch.zeros(IN, IN)), paired[4], statistics(seen[1]), drift_of(seen)), paired[4])
 
 
 def test_an_input_that_is_always_zero_is_no_trouble(paired):

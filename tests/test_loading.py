@@ -117,7 +117,7 @@ def test_a_real_model_trains(tmp_path, bits):
     if not folder or not Path(folder).is_dir():
         pytest.skip("CLOQ_TEST_MODEL does not name a model folder")
     result = cloq.quantize(
-        folder, out=tmp_path / "out", bits=bits, rank=16, calib="demo", calib_samples=4, seq_len=128, heldout=0.0, device="cpu"
+        folder, out=tmp_path / "out", bits=bits, rank=16, calib="demo", calib_samples=4, seq_len=128, heldout=0.25, device="cpu"
     )
     model = cloq.load(result.out, trainable=True, dtype=torch.float32)
     text = "Each of the four factors is written to its own file, and each file is read back before the next one is opened. " * 8

@@ -11,7 +11,15 @@ from cloq.store import Store
 from tests.tiny import save_tiny
 
 SMALL = {"bits": 2, "group_size": 32, "rank": 4, "rounds": 1, "seq_len": 16, "device": "cpu", "batch_tokens": 32}
-SETTINGS = [{}, {"correction": 0.0}, {"sequential": False}, {"propagate": "dense"}, {"propagate": "quantized"}, {"skip": "*.o_proj"}]
+SETTINGS = [
+    {},
+    {"correction": 0.0},
+    {"correction": 0.5},
+    {"sequential": False},
+    {"propagate": "dense"},
+    {"propagate": "quantized"},
+    {"skip": "*.o_proj"},
+]
 
 
 def blocks(folder, out, spare, monkeypatch, events=None, **settings) -> list[bytes]:

@@ -20,7 +20,7 @@ from tests.tiny import load_plain, save_tiny
 
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # the 2, 3 and 8-bit kernels would compile with a C++ compiler
 TOKENS = torch.randint(1, 250, (2, 24), generator=torch.Generator().manual_seed(0))
-FLAGS = {"group_size": 32, "rank": 8, "calib_samples": 4, "seq_len": 48, "heldout": 0.0, "device": "cpu"}
+FLAGS = {"group_size": 32, "rank": 8, "calib_samples": 4, "seq_len": 48, "heldout": 0.25, "device": "cpu"}
 
 
 def needs(*libraries: str):

@@ -53,7 +53,7 @@ CALIB = st.builds(
     source=TEXT,
     samples=st.integers(1, 10**6),
     seq_len=st.integers(8, 10**6),
-    heldout=st.floats(0, 1),
+    heldout=st.floats(1e-3, 1),  # without any, the correction cannot be chosen
     column=st.none() | TEXT,
     seed=st.integers(0, 2**31),
 )
@@ -334,3 +334,10 @@ def test_correction_goes_with_what_later_layers_see():
     for value in (-0.1, 1.5, float("nan")):
         with pytest.raises(SpecError, match="correction is"):
             run_spec(correction=value)
+
+
+def test_the_correction_is_chosen_where_it_is_not_given():
+    assert run_spec().chooses_correction and not run_spec(correction=0.5).chooses_correction
+    assert not run_spec(propagate="dense", heldout=0.0).chooses_correction and run_spec(correction=0.5, heldout=0.0).corrects
+    with pytest.raises(SpecError, match=r"chosen on held-out text, and heldout is 0; give .* --heldout 0\.125, or .* --correction 0\.5"):
+        run_spec(heldout=0.0)

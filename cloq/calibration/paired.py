@@ -25,6 +25,9 @@ returns it. Both by their names inside the block, so that blocks of one kind hav
 _SAME = 1e-3
 """How well an addition has to be one, of the largest value."""
 
+_LEAST = 1e-6
+"""Mean square of a stream below which a token counts no more; what norms add to it before they divide."""
+
 _TRANSPARENT = (nn.Dropout, nn.Identity)
 
 
@@ -89,9 +92,13 @@ def paired_statistics(
     groups: layers that share an input. joined: those whose output is added to a stream → the module that is given the sum, `None` for the
     block's output; see `junctions`. In the groups they must have their original weight still. apart: layers that are not given the same
     tokens in both (experts); they have no drift.
+
+    Tokens count alike but for a layer whose output is added to a stream: its are weighed by one over the mean square of the original's
+    stream, which whatever reads the stream divides by. Otherwise the few tokens with massive activations would outweigh all others.
     """
     names, together = [group[0] for group in groups], [group for group in groups if group[0] not in apart]
     adding, first_of = adding_layers(together, joined), {name: group[0] for group in together for name in group}
+    weighed = [name for group in together if len(group) == 1 for name in group if name in adding]  # whose Gram matrix is its own
     sums = GramSums(linears, names)
     drifts = {}
     for group in together:
@@ -100,6 +107,8 @@ def paired_statistics(
     drifting = {group[0]: drifts[name].inputs for group in together for name in group if name not in adding}
     for run, original in pairs:
         true, seen = original([group[0] for group in together], adding), Seen(run, linears, names, adding)
+        for name in weighed:
+            _weigh_by_stream(true, seen, name)
         for name, rows in seen.rows.items():
             sums.add(name, rows)
             if name in drifting and name in true.rows:
@@ -123,6 +132,13 @@ def adding_layers(groups: Iterable[Sequence[str]], joined: dict[str, nn.Module |
 def _add(total: Tensor, difference: Tensor, rows: Tensor) -> None:
     with full_precision():
         total.addmm_(difference.T, rows)
+
+
+def _weigh_by_stream(true: Seen, seen: Seen, name: str) -> None:
+    """Divides what a layer is given, and both streams with its output in them, by the root mean square of the original's, by token."""
+    scale = true.sums[name].square().mean(1, keepdim=True).clamp_min(_LEAST).rsqrt()
+    for tensors in (seen.rows, true.sums, seen.sums):
+        tensors[name] = tensors[name] * scale
 
 
 def _zeros(layer: nn.Module, *sides: int) -> Tensor:

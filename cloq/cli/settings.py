@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -43,7 +44,8 @@ HELP = {
     "skip": "Leave layers that match as they are (repeatable).",
     "propagate": f"What later layers are calibrated on: {', '.join(PROPAGATE)} outputs.",
     "sequential": "Inside a block, calibrate later layers on the earlier ones already quantized.",
-    "correction": "Share of the earlier layers' error that each layer makes up for; 0 is the published method.",
+    "correction": "Share of the earlier layers' error that each layer makes up for, chosen for each on held-out text if not given; 0 is "
+    "the published method.",
     "fisher": "CLoQ: share of what an output counts that is how much the loss depends on it; 0 is the published method.",
     "device": "auto, cpu, cuda, cuda:1, mps.",
     "batch_tokens": "Tokens per forward.",
@@ -95,9 +97,9 @@ def with_flags(flags: list[Flag], convert: Callable[[str, Any], Any]) -> Callabl
 
 def _flag(name: str) -> Flag:
     section, key = FLAT[name]
-    default = RunSpec()
-    value = getattr(getattr(default, section) if section else default, key)
-    kind, shown = type(value), str(value)
+    owner = getattr(RunSpec(), section) if section else RunSpec()
+    value = getattr(owner, key)
+    kind, shown = next(kind for kind in _kinds(typing.get_type_hints(type(owner))[key]) if kind is not type(None)), str(value)
     if name == "bits":
         kind = float
     elif name == "group_size":
@@ -105,8 +107,13 @@ def _flag(name: str) -> Flag:
     elif isinstance(value, tuple):
         kind, shown = list[str], False
     elif value is None:
-        kind, shown = float if name in ("magr_alpha", "mean_bits") else str, False
+        shown = False
     return Flag(name, kind, HELP[name], shown, _PANELS[section])
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    """The members of a union, or the type itself."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
 _PANELS = {"quant": "Quantization", "lora": "Factors", "calib": "Calibration", "": "Run"}

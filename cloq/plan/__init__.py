@@ -160,7 +160,7 @@ def _phases(
     """Work by phase as `pipeline.quantize_blocks` goes through them. kept: the share of what can be kept that there is memory for."""
     calib = spec.calib
     sequences, tokens = calib.samples + calib.heldout_samples, (calib.samples + calib.heldout_samples) * calib.seq_len
-    beside = spec.corrects  # the original model's own activations, which only the calibration tokens have
+    beside = spec.corrects  # the original model's own activations
     phases = {
         name: Work() for name in ("embed", "gradients", "survey", "load", "capture", "solve", "apply", "store", "propagate", "export")
     }
@@ -177,9 +177,7 @@ def _phases(
         together = decoder.rounds(groups, spec.one_by_one)
         asked = [[name.removeprefix(prefix) for names in groups for name in names] for groups in together]
         for parts, share in ((True, kept), (False, 1 - kept)):
-            for original, to_sums, times in (
-                (False, beside, calib.samples), (False, False, calib.heldout_samples), (True, True, beside * calib.samples),
-            ):  # fmt: skip
+            for original, to_sums, times in ((False, beside, sequences), (True, True, beside * sequences)):
                 possible = storage.parts_kept(spec, forward, prefix, chosen, original) if parts else ()
                 captured, onwards = rounds.forwards(forward, asked, possible, original or spec.propagate == "dense", to_sums)
                 phases["capture"] += share * times * captured
@@ -191,13 +189,13 @@ def _phases(
             if drifts:
                 ends = {prefix + part.last for part in forward.parts}  # most are added to the residual stream, which takes less
                 rows = sum(shapes[name][0] for name in names) if ends & set(names) else shapes[names[0]][1]
-                phases["capture"] += algebra.drift(rows, shapes[names[0]][1], calib.samples * group_of[names[0]].tokens)
-                phases["solve"] += algebra.damped_cholesky(shapes[names[0]][1])
+                phases["capture"] += algebra.drift(rows, shapes[names[0]][1], sequences * group_of[names[0]].tokens)
+                phases["solve"] += Work() if spec.chooses_correction else algebra.damped_cholesky(shapes[names[0]][1])
             for name in names:
                 layer, rank = chosen[name], min(chosen[name].rank, *shapes[name])
                 given = spec.quantized is not None
                 phases["solve"] += algebra.solve(shapes[name], layer.quant, spec.lora, rank, calib.heldout_samples > 0, given)
-                phases["solve"] += algebra.corrected(shapes[name]) if drifts else Work()
+                phases["solve"] += algebra.corrected(shapes[name], spec.chooses_correction) if drifts else Work()
                 phases["apply"] += algebra.apply(shapes[name], rank) if spec.propagate != "dense" else Work()
         phases["load"] += Work(disk=sizes.element * decoder.block_parameters(index), streamed=6.0 * decoder.block_parameters(index))
     phases["store"] = Work(disk=sizes.store)

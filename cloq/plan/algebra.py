@@ -23,6 +23,7 @@ _QR = 4.0  # out · in²: the triangle and the basis need 4, minus what the smal
 _SEARCH_BYTES = 13 * 60  # for each weight: thirteen ranges, each rounded to and compared
 _PROX_BYTES = 1300  # for each weight and step: some six rounds of Newton's iteration
 _KRYLOV_BLOCKS = 6
+_TRIED = 3.5  # dampings of a correction
 
 
 def solve(shape: Shape, quant: QuantSpec, lora: LoraSpec, rank: int, heldout: bool, given: bool = False) -> Work:
@@ -140,10 +141,14 @@ def damped_cholesky(columns: int) -> Work:
     return Work(products=_CHOLESKY * columns**3)
 
 
-def corrected(shape: Shape) -> Work:
-    """`drift.corrected`, once the Gram matrix is factorized: a product and two triangular solves."""
+def corrected(shape: Shape, chosen: bool) -> Work:
+    """`drift.corrected`, once the Gram matrix is factorized: a product and two triangular solves. chosen: as `drift.corrected_for` does,
+    with a factorization and a norm for every damping that is tried."""
     out, columns = shape
-    return Work(products=4.0 * out * columns**2)
+    if not chosen:
+        return Work(products=4.0 * out * columns**2)
+    tried = damped_cholesky(columns) + Work(products=2.0 * out * columns**2 + 1.0 * out * columns**2)
+    return _TRIED * tried + Work(products=2 * 2.0 * out * columns**2)
 
 
 def apply(shape: Shape, rank: int) -> Work:

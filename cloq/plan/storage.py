@@ -99,7 +99,7 @@ def peak_memory(
     Pages of the checkpoint that the system keeps because nothing else needs the room are not counted.
     """
     calib = spec.calib
-    streams = calib.samples * (2 if spec.corrects else 1) + calib.heldout_samples
+    streams = (1 + spec.corrects) * (calib.samples + calib.heldout_samples)
     activations = 4.0 * streams * calib.seq_len * width(decoder)
     entering = {"activations": activations, "embeddings": 4.0 * sizes.outer / sizes.element}
     following = {
@@ -119,8 +119,8 @@ def _solving(
     spec: RunSpec, decoder: Decoder, chosen: dict[str, LayerSpec], shapes: dict[str, Shape], forwards: list[BlockForward], spare: float,
 ) -> dict[str, float]:  # fmt: skip
     def matrices(name: str) -> int:
-        """Sums over the calibration tokens, over the held-out ones, and of the drift, which experts have none of."""
-        return 1 + (spec.calib.heldout_samples > 0) + (spec.corrects and name not in decoder.expert_layers)
+        """Sums over the calibration tokens and over the held-out ones, of both the drift too, which experts have none of."""
+        return (1 + (spec.calib.heldout_samples > 0)) * (1 + (spec.corrects and name not in decoder.expert_layers))
 
     grams = []
     for index, forward in enumerate(forwards):
@@ -150,13 +150,11 @@ def parts_kept(
 
 def kept(spec: RunSpec, decoder: Decoder, chosen: dict[str, LayerSpec], forwards: list[BlockForward]) -> float:
     """Bytes that the parts of the largest block take which are not run again, if there is room for all."""
-    most, calib = 0.0, spec.calib
+    most, sequences = 0.0, spec.calib.samples + spec.calib.heldout_samples
     for index, forward in enumerate(forwards):
         prefix = decoder.block_name(index) + "."
-        own = (calib.samples + calib.heldout_samples) * kept_bytes(
-            parts_kept(spec, forward, prefix, chosen, original=False), spec.propagate == "dense"
-        )
-        most = max(most, own + spec.corrects * calib.samples * kept_bytes(forward.parts, original=True))
+        own = kept_bytes(parts_kept(spec, forward, prefix, chosen, original=False), spec.propagate == "dense")
+        most = max(most, sequences * (own + spec.corrects * kept_bytes(forward.parts, original=True)))
     return most
 
 

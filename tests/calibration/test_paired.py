@@ -107,14 +107,22 @@ def test_drift_is_that_of_the_naive_twin():
         wanted = [(by_hand(block, x), by_hand(original, y)) for x, y in pairs]
     for name, first in (("q", "q"), ("k", "q"), ("o", "o"), ("up", "up"), ("down", "down")):
         inputs = sum((true[first] - its[first]).T @ its[first] for its, true in wanted)
+        gram = sum(stats[first].gram for stats, _ in found).double()
         if name not in outer:
+            torch.testing.assert_close(gram, sum(its[first].T @ its[first] for its, _ in wanted), rtol=1e-4, atol=1e-4)
             assert all(d[name].sums is None for _, d in found)
             torch.testing.assert_close(sum(d[name].inputs for _, d in found).double(), inputs, rtol=1e-4, atol=1e-4)
             continue
-        weight, stream = original.get_parameter(f"{name}.weight").detach().double(), f"{name}'s stream"
-        streams = sum((true[stream] - its[stream]).T @ its[first] for its, true in wanted)
+        weight, bias = (original.get_parameter(f"{name}.{leaf}").detach().double() for leaf in ("weight", "bias"))
+        sums, grams = 0, 0
+        for its, true in wanted:
+            theirs = true[f"{name}'s stream"] + true[first] @ weight.T + bias
+            counts = 1 / theirs.square().mean(1, keepdim=True)  # what reads the stream divides by the root of this
+            off = true[f"{name}'s stream"] - its[f"{name}'s stream"] + (true[first] - its[first]) @ weight.T
+            sums, grams = sums + (counts * off).T @ its[first], grams + (counts * its[first]).T @ its[first]
         assert all(d[name].inputs is None for _, d in found)
-        torch.testing.assert_close(sum(d[name].sums for _, d in found).double(), weight @ inputs + streams, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(sum(d[name].sums for _, d in found).double(), sums, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(gram, grams, rtol=1e-4, atol=1e-4)
 
 
 def _one(block, original, outer, run):
@@ -140,13 +148,38 @@ def seeing(block, run):
     return lambda names, adding: Seen(run, linears(block), names, adding)
 
 
-def test_gram_matrices_are_those_of_one_forward():
+@pytest.mark.parametrize("to_streams", (False, True))
+def test_gram_matrices_are_those_of_one_forward(to_streams):
+    """Bit for bit; but for layers that are added to a stream, whose tokens do not count alike."""
     block, xs = Block(), batches(2, 2, 3)
     runs = [(lambda x=x: block(x), seeing(block, lambda x=x: block(x))) for x in xs]
-    together, _ = paired_statistics(runs, linears(block), GROUPS, joined(block))
+    together, _ = paired_statistics(runs, linears(block), GROUPS, joined(block) if to_streams else {})
     alone = gram_matrices([lambda x=x: block(x) for x in xs], linears(block), [group[0] for group in GROUPS])
     for name, stats in alone.items():
-        assert torch.equal(together[name].gram, stats.gram) and together[name].n_tokens == stats.n_tokens
+        alike = not (to_streams and name in ("o", "down"))
+        assert torch.equal(together[name].gram, stats.gram) is alike and together[name].n_tokens == stats.n_tokens
+
+
+def test_a_token_counts_as_little_as_its_stream_is_large():
+    """A massive activation moves what a layer is fitted to no more than any other token does."""
+    block, x = Block(), batches(2, 2)[0]
+    seen = {}
+    for factor in (1.0, 100.0, 1e4):
+        large = x.clone()
+        large[0, 0] *= factor
+        runs = [(lambda large=large: block(large), seeing(block, lambda large=large: block(large)))]
+        seen[factor] = paired_statistics(runs, linears(block), [["o"]], joined(block))[0]["o"].gram.trace()
+    assert seen[1e4] == pytest.approx(float(seen[100.0]), rel=1e-2) and seen[1e4] < 1.5 * seen[1.0]
+
+
+def test_a_stream_of_zeros_counts_no_more_than_norms_would_have_it():
+    block, x = Block(), batches(2, 2)[0]
+    with torch.no_grad():
+        for p in block.o.parameters():
+            p.zero_()
+    runs = [(lambda: block(0 * x), seeing(block, lambda: block(0 * x)))]
+    stats, drifts = paired_statistics(runs, linears(block), [["o"]], joined(block))
+    assert bool(torch.isfinite(stats["o"].gram).all()) and bool(torch.isfinite(drifts["o"].sums).all())
 
 
 def test_equal_forwards_have_no_drift_and_layers_apart_none_at_all():

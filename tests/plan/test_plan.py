@@ -117,7 +117,15 @@ def test_what_there_is_room_for_is_not_computed_again(decoder):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"correction": 0.0}, {"sequential": False}, {"propagate": "dense"}, {"skip": "o_proj"}, {"correction": 0.0, "sequential": False}],
+    [
+        {},
+        {"correction": 0.0},
+        {"correction": 0.5},
+        {"sequential": False},
+        {"propagate": "dense"},
+        {"skip": "o_proj"},
+        {"correction": 0.0, "sequential": False},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("spare", [0, 1 << 40])
