@@ -19,7 +19,10 @@ from cloq.linears import linear_shape
 from cloq.models.decoder import Batch, Decoder
 
 LENGTH = 512
-"""Tokens of a sequence at most: all logits of one are in memory at a time."""
+"""Tokens of a sequence at most."""
+
+AT_A_TIME = 128
+"""Tokens whose logits are in memory together."""
 
 
 def followed(length: int) -> int:
@@ -71,13 +74,20 @@ def _first(names: Sequence[Sequence[str]]) -> int:
 
 
 def _of_the_loss(decoder: Decoder, hidden: Tensor, tokens: Tensor, seed: int) -> Tensor:
-    """Of one sequence's negative log-likelihood, summed over tokens, with respect to what the last block returns."""
-    hidden = hidden.detach().requires_grad_()
+    """Of one sequence's negative log-likelihood, summed over tokens, with respect to what the last block returns: each token's own."""
+    draws = torch.rand(hidden.shape[1], 1, generator=torch.Generator().manual_seed(seed))
+    parts = zip(hidden.detach().split(AT_A_TIME, 1), tokens.split(AT_A_TIME, 1), draws.split(AT_A_TIME), strict=True)
+    return torch.cat([_of_tokens_loss(decoder, *part) for part in parts], 1)
+
+
+def _of_tokens_loss(decoder: Decoder, hidden: Tensor, tokens: Tensor, draws: Tensor) -> Tensor:
+    """draws: numbers from 0 to 1, one for each token, that choose its label among the model's predictions."""
+    hidden = hidden.requires_grad_()
     logits = decoder.leave(hidden, tokens, gradients=True)[0].float()
     with torch.no_grad():
-        chances = logits.softmax(-1).cumsum(-1)
-        drawn = torch.rand(len(logits), 1, generator=torch.Generator().manual_seed(seed)).to(chances) * chances[:, -1:]
-        labels = (chances < drawn).sum(-1).clamp_max(logits.shape[-1] - 1)
+        chances = logits.softmax(-1).cumsum_(-1)
+        labels = (chances < draws.to(chances) * chances[:, -1:]).sum(-1).clamp_max(logits.shape[-1] - 1)
+        del chances
     with torch.enable_grad():
         loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
     return _followed(loss, hidden)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from cloq.export.folder import SHARD_BYTES
 from cloq.fisher import TOKENS
 from cloq.models import Decoder
-from cloq.models.gradients import LENGTH
+from cloq.models.gradients import AT_A_TIME
 from cloq.plan.forward import BlockForward, Part
 from cloq.plan.rounds import kept_bytes
 from cloq.report.record import STORED_ADAPTER_BITS
@@ -106,7 +106,7 @@ def peak_memory(
         "a block": 4.0 * max(decoder.block_parameters(index) for index in range(len(decoder.blocks))),
         "what blocks were given": 4.0 * len(decoder.blocks) * followed_back(spec) * width(decoder),
         "embeddings": 4.0 * sizes.outer / sizes.element,
-        "logits": 4 * 4.0 * min(LENGTH, calib.seq_len) * decoder.config.get_text_config().vocab_size,
+        "logits": 4 * 4.0 * min(AT_A_TIME, calib.seq_len) * decoder.config.get_text_config().vocab_size,
     }
     solving = {"activations": activations} | _solving(spec, decoder, chosen, shapes, forwards, spare)
     exporting = {"a shard being written": 2.0 * max(min(sizes.base, SHARD_BYTES), sizes.adapter)}

@@ -65,6 +65,20 @@ def test_long_sequences_are_cut_and_only_what_is_wanted_is_found(tmp_path, monke
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-9)
 
 
+@pytest.mark.parametrize("together", (1, 5))
+def test_how_many_logits_are_in_memory_does_not_matter(together, tmp_path, monkeypatch):
+    decoder = Decoder(save_tiny("llama", tmp_path))
+    whole = squared_gradients(decoder, TOKENS, 1 << 20, decoder.all_linears())
+    widths = []
+    leave = Decoder.leave
+    monkeypatch.setattr("cloq.models.gradients.AT_A_TIME", together)
+    monkeypatch.setattr(Decoder, "leave", lambda d, hidden, *args, **kw: widths.append(hidden.shape[1]) or leave(d, hidden, *args, **kw))
+    parts = squared_gradients(decoder, TOKENS, 1 << 20, decoder.all_linears())
+    assert max(widths) == together and sum(widths) == TOKENS.numel()
+    for name in whole:
+        torch.testing.assert_close(whole[name], parts[name], rtol=1e-4, atol=1e-9)
+
+
 def test_batches_do_not_matter(tmp_path):
     decoder = Decoder(save_tiny("llama", tmp_path))
     whole, parts = (squared_gradients(decoder, TOKENS, size, decoder.all_linears()) for size in (1 << 20, 1))
