@@ -118,10 +118,11 @@ class Decoder:
         """How many parameters a block has."""
         return sum(p.numel() for p in self.blocks[index].parameters())
 
-    def outer_parameters(self) -> int:
-        """How many parameters everything but the blocks has; tied ones count once."""
+    def outer_parameters(self, head: bool = True) -> int:
+        """How many parameters there are in `outer(head)`; tied ones count once."""
         tied = self.tied_names()
-        own = (pair for name, module in self._outer_modules() for pair in module.named_parameters(name, recurse=False))
+        left_out = self._left_out(head)
+        own = (pair for n, m in self._outer_modules() if m not in left_out for pair in m.named_parameters(n, recurse=False))
         return sum(parameter.numel() for name, parameter in own if name not in tied)
 
     @property
@@ -203,20 +204,32 @@ class Decoder:
             torch.cuda.empty_cache()
 
     @contextlib.contextmanager
-    def outer(self) -> Iterator[None]:
-        """Everything but the blocks in place: embeddings, final norm, head. Inside another `outer()` it does nothing."""
-        parts = [(name, m) for name, m in self._outer_modules() if _is_empty(m) or not list(m.parameters(recurse=False))]
-        tied = self.tied_names()
+    def outer(self, head: bool = True) -> Iterator[None]:
+        """Everything but the blocks in place: embeddings, final norm, and the head if it is asked for or holds what others are tied to.
+        Inside another `outer()` it does nothing."""
+        tied, left_out = self.tied_names(), self._left_out(head)
+        parts = [(n, m) for n, m in self._outer_modules() if m not in left_out and (_is_empty(m) or not list(m.parameters(recurse=False)))]
         try:
             for name, module in parts:
                 self._fill(module, name, leave=tied)
             for name, other in tied.items():
                 owner, leaf = _owner(self.model, name)
-                owner._parameters[leaf] = self.model.get_parameter(other)
+                if owner not in left_out:
+                    owner._parameters[leaf] = self.model.get_parameter(other)
             yield
         finally:
             for _, module in parts:
                 _empty(module)
+
+    @property
+    def _head(self) -> nn.Module | None:
+        """What makes logits of hidden states, where the model says."""
+        return self.model.get_output_embeddings()
+
+    def _left_out(self, head: bool) -> list[nn.Module]:
+        """The head where it is not asked for, unless it holds what others are tied to."""
+        holds = any(_owner(self.model, name)[0] is self._head for name in self.tied_names().values())
+        return [] if head or holds or self._head is None else [self._head]
 
     def _outer_modules(self) -> list[tuple[str, nn.Module]]:
         inside = {id(m) for m in self.blocks.modules()}
@@ -246,7 +259,7 @@ class Decoder:
         size = max(1, batch_tokens // tokens.shape[1])
         chunks = [*tokens[:1].split(1), *tokens[1:].split(size)] if first_alone and len(tokens) > 1 else tokens.split(size)
         kept: list[Tensor] = []
-        with self.outer():
+        with self.outer(head=False):
             self.check_streamable()
             return [self._enter_one(chunk.to(self.device), kept) for chunk in chunks]
 
@@ -258,12 +271,9 @@ class Decoder:
             if index == 0:
                 first.append(hidden)
             calls.append((_intern(args, kept), _intern(kwargs, kept)))
-            if index == len(self.blocks) - 1:
-                raise _Entered
-            return hidden
+            return hidden if index < len(self.blocks) - 1 else _stop()
 
-        with contextlib.suppress(_Entered):
-            self.stand_in(record, tokens)
+        self.go_through(record, tokens)
         return Batch(first[0], calls)
 
     def run_block(self, index: int, batch: Batch, gradients: bool = False) -> Tensor:
@@ -349,6 +359,16 @@ class Decoder:
             for block in self.blocks:
                 del block.forward
 
+    def go_through(self, stand_in: StandIn, tokens: Tensor, returned: dict[type, int | None] | None = None) -> None:
+        """As `stand_in`, up to the head, which may be left out of `outer()`."""
+        head = self._head
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.suppress(_Enough))
+            if head is not None:
+                head.forward = _stop
+                stack.callback(delattr, head, "forward")
+            self.stand_in(stand_in, tokens, returned)
+
 
 def _refuse_quantized(folder: Path, config) -> None:
     quantization = getattr(config, "quantization_config", None)
@@ -381,8 +401,12 @@ def _empty(module: nn.Module) -> None:
             module._parameters[leaf] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
 
 
-class _Entered(Exception):
-    """Raised inside a forward once the last block has been called: norm and head are not needed on the way in."""
+class _Enough(Exception):
+    """Raised inside a forward where the rest of it is not needed."""
+
+
+def _stop(*args: Any, **kwargs: Any) -> Any:
+    raise _Enough
 
 
 def _intern(value: Any, kept: list[Tensor]) -> Any:

@@ -38,7 +38,7 @@ def returned_values(decoder: Decoder) -> dict[type, int | None]:
     name = type(decoder.model).__name__
     tokens = torch.arange(_TOKENS, device=decoder.device)[None]
     try:
-        with decoder.outer():
+        with decoder.outer(head=False):
             return _run_twice(decoder, tokens)
     except CloqError:
         raise
@@ -74,10 +74,10 @@ def _run_twice(decoder: Decoder, tokens: Tensor) -> dict[type, int | None]:
             raise ModelError(f"{name} calls block {index} with what earlier blocks computed; cloq cannot stream it")
         return hidden.flip(-1) + 1
 
-    decoder.stand_in(first, tokens, returned=returned)
+    decoder.go_through(first, tokens, returned)
     if len(calls) != len(decoder.blocks):
         raise ModelError(f"{name} ran {len(calls)} of {len(decoder.blocks)} blocks in one forward; cloq cannot stream it")
-    decoder.stand_in(second, tokens, returned=returned)
+    decoder.go_through(second, tokens, returned)
     return returned
 
 

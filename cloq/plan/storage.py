@@ -101,7 +101,7 @@ def peak_memory(
     calib = spec.calib
     streams = (1 + spec.corrects) * (calib.samples + calib.heldout_samples)
     activations = 4.0 * streams * calib.seq_len * width(decoder)
-    entering = {"activations": activations, "embeddings": 4.0 * sizes.outer / sizes.element}
+    entering = {"activations": activations, "embeddings": 4.0 * decoder.outer_parameters(head=False)}
     following = {
         "a block": 4.0 * max(decoder.block_parameters(index) for index in range(len(decoder.blocks))),
         "what blocks were given": 4.0 * len(decoder.blocks) * followed_back(spec) * width(decoder),

@@ -128,6 +128,21 @@ def test_never_more_than_one_block_and_the_outer_parts(family, tokens, tmp_path,
     assert 0 < peak <= largest + decoder.outer_parameters()
 
 
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2"])
+def test_the_way_in_needs_no_head(family, tokens, tmp_path, monkeypatch):
+    decoder = Decoder(save_tiny(family, tmp_path))
+    head = decoder.model.get_output_embeddings().weight.numel()
+    own = 0 if decoder.tied_names() else head
+    with decoder.outer(head=False):
+        assert held(decoder) == decoder.outer_parameters(head=False) == decoder.outer_parameters() - own
+        with decoder.outer():
+            assert decoder.leave(torch.zeros(1, 3, 64), tokens[:1, :3]).shape == (1, 3, decoder.config.vocab_size)
+    assert held(decoder) == 0
+    read = decoder.read
+    monkeypatch.setattr(decoder, "read", lambda name: pytest.fail(name) if name == "lm_head.weight" else read(name))
+    assert decoder.enter(tokens, 40)[0].hidden.shape == (2, 20, 64) and held(decoder) == 0
+
+
 def test_outer_inside_outer_keeps_the_parts(tmp_path):
     decoder = Decoder(save_tiny("llama", tmp_path))
     with decoder.outer():
