@@ -14,7 +14,7 @@ import torch
 
 from cloq.errors import ModelError
 from cloq.export.read import QuantizedFolder
-from cloq.models import Decoder, linear_shape
+from cloq.models import Decoder
 
 TOLERANCE = 0.01
 """Largest difference of a norm or bias, relative to its largest value, that passes for another precision: bfloat16's is 0.004."""
@@ -26,7 +26,7 @@ def open_given(folder: str | Path, decoder: Decoder, trust_remote_code: bool = F
     Raises `ExportError` if its quantization cannot be read, `ModelError` if it is damaged or not this model, rounded.
     """
     given = QuantizedFolder(folder)
-    shapes = {name: linear_shape(module) for index in range(len(decoder.blocks)) for name, module in decoder.linears(index).items()}
+    shapes = decoder.linear_shapes()
     for name in sorted(given.names & shapes.keys()):
         if given.shape(name) != shapes[name]:
             raise ModelError(

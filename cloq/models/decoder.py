@@ -93,6 +93,10 @@ class Decoder:
         """Full names of the linear layers of all blocks, in order."""
         return [name for index in range(len(self.blocks)) for name in self.linears(index)]
 
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """`(out, in)` of the linear layers of all blocks, by full name, in order."""
+        return {name: linear_shape(module) for index in range(len(self.blocks)) for name, module in self.linears(index).items()}
+
     def experts(self, index: int) -> dict[str, Experts]:
         """A block's experts that were taken apart, by full name."""
         return experts_of(self.blocks[index], self.block_name(index))

@@ -14,7 +14,7 @@ from typing import Any
 
 from cloq import survey
 from cloq.memory import spare_memory
-from cloq.models import Decoder, linear_shape
+from cloq.models import Decoder
 from cloq.plan import algebra, rounds, storage
 from cloq.plan.forward import BlockForward, block_forwards
 from cloq.plan.work import Machine, Work, measure
@@ -117,7 +117,7 @@ def plan(spec: RunSpec, decoder: Decoder, machine: Machine | None = None, spare:
     from cloq.layers import foreseen, plan_layers
 
     specs = foreseen(spec, plan_layers(spec, decoder), decoder)
-    shapes = {name: linear_shape(m) for index in range(len(decoder.blocks)) for name, m in decoder.linears(index).items()}
+    shapes = decoder.linear_shapes()
     chosen = {name: layer for name, layer in specs.items() if not layer.dense}
     forwards, note = block_forwards(decoder, spec.calib.seq_len)
     notes = [note] if note else []
