@@ -69,15 +69,15 @@ def corrected(weight: Tensor, stats: LayerStats, drift: Drift, share: float) -> 
     return weight + share * _solved(factor, drift.step(weight))
 
 
-def corrected_for(unseen: LayerStats, its_drift: Drift, weight: Tensor, stats: LayerStats, drift: Drift) -> Tensor:
+def corrected_by_heldout(weight: Tensor, stats: LayerStats, drift: Drift, unseen: LayerStats, unseen_drift: Drift) -> Tensor:
     """`W + c · (W D + R) (G + λ I)⁻¹`, `(out, in)` float32, with the λ among `DAMPINGS` and the c ≥ 0 that are best for other tokens.
 
-    unseen, its_drift: of those. For a step `P` and `Gʰ, Dʰ, Rʰ` over them the deviation there falls by `2c ⟨P, W Dʰ + Rʰ⟩ − c² ‖P Sʰ‖²`,
+    unseen, unseen_drift: of those. For a step `P` and `Gʰ, Dʰ, Rʰ` over them the deviation there falls by `2c ⟨P, W Dʰ + Rʰ⟩ − c² ‖P Sʰ‖²`,
     so that the best c is a quotient. It falls the most for one λ and less to either side, so neighbours are tried as long as it falls
     more. Without tokens, or where no step helps, the weight stays as it is.
     """
     weight = weight.float()
-    wanted, theirs = drift.step(weight), its_drift.step(weight)
+    wanted, theirs = drift.step(weight), unseen_drift.step(weight)
 
     def tried(damping: float) -> _Trial:
         factor, _ = linalg.damped_cholesky(stats.gram.float(), damping)

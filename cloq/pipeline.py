@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from cloq.calibration import CalibrationTokens
 from cloq.capture import groups_of, statistics, top_up_experts
 from cloq.distributed import ALONE, Processes, shared_out
-from cloq.drift import Drift, corrected, corrected_for
+from cloq.drift import Drift, corrected, corrected_by_heldout
 from cloq.errors import ModelError, SpecError
 from cloq.fisher import output_weights, squared_gradients_of
 from cloq.layers import plan_layers
@@ -250,7 +250,7 @@ class _Loop:
             return corrected(weight, seen, drift, self.spec.correction)
         if unseen is None or unseen_drift is None:
             raise ValueError("a correction cannot be chosen without what held-out tokens say of it")
-        return corrected_for(unseen, unseen_drift, weight, seen, drift)
+        return corrected_by_heldout(weight, seen, drift, unseen, unseen_drift)
 
     def _solve_layer(self, name: str, weight: Tensor, seen: LayerStats, unseen: LayerStats | None) -> LayerResult:
         return solve_layer(weight, seen, unseen, self.layers[name], self.spec.lora, self.given.weight(name) if self.given else None)

@@ -65,7 +65,7 @@ def clocked_run(spec: RunSpec, out: Path) -> tuple[Clocks, dict[str, float], flo
         (gram, "_add_upper_triangle", "Gram sums", lambda total, rows: algebra.gram(len(total), len(rows))),
         (paired, "_add", "drift sums", lambda total, off, rows: Work(products=2.0 * off.numel() * rows.shape[1])),
         (pipeline, "corrected", "correction", lambda weight, *rest: algebra.corrected(weight.shape, False)),
-        (pipeline, "corrected_for", "correction, chosen", lambda u, d, weight, *rest: algebra.corrected(weight.shape, True)),
+        (pipeline, "corrected_by_heldout", "correction, chosen", lambda weight, *rest: algebra.corrected(weight.shape, True)),
         (Gptq, "quantize", "GPTQ", lambda self, weight, stats: algebra.gptq(weight.shape) + weight.numel() * searched),
         (Magr, "reduce", "MagR", lambda self, weight, stats: algebra.magr(weight.shape)),
         (closed, "closed_form", "closed form", lambda error, gram, rank, *rest: algebra.fit(error.shape, "cloq", rank)),

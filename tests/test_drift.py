@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cloq.drift import DAMPINGS, Drift, corrected, corrected_for
+from cloq.drift import DAMPINGS, Drift, corrected, corrected_by_heldout
 from cloq.types import LayerStats
 
 OUT, IN, TOKENS = 10, 16, 200
@@ -87,7 +87,7 @@ def halves(paired, noise=0.0):
 def test_a_chosen_correction_is_the_best_of_all_for_other_tokens(paired, stream, noise):
     seen, unseen = halves(paired, noise)
     weight, stats = paired[4], statistics(seen[1])
-    found = corrected_for(statistics(unseen[1]), drift_of(unseen, stream), weight, stats, drift_of(seen, stream))
+    found = corrected_by_heldout(weight, stats, drift_of(seen, stream), statistics(unseen[1]), drift_of(unseen, stream))
 
     def step(damping):
         damped = stats.gram.double() + damping * stats.gram.double().diagonal().mean() * torch.eye(IN)
@@ -102,18 +102,17 @@ def test_a_chosen_correction_is_the_best_of_all_for_other_tokens(paired, stream,
 def test_noise_is_damped(paired):
     """What the tokens say of the stream is mostly noise: little of it is believed."""
     seen, unseen = halves(paired, noise=4.0)
-    arguments = (statistics(unseen[1]), drift_of(unseen), paired[4], statistics(seen[1]), drift_of(seen))
-    moved, whole = (found - paired[4] for found in (corrected_for(*arguments), corrected(*arguments[2:], 1.0)))
+    weight, mine, others = paired[4], (statistics(seen[1]), drift_of(seen)), (statistics(unseen[1]), drift_of(unseen))
+    moved, whole = (found - weight for found in (corrected_by_heldout(weight, *mine, *others), corrected(weight, *mine, 1.0)))
     assert float(moved.norm()) < 0.5 * float(whole.norm())
 
 
 def test_a_step_that_does_not_help_others_is_not_taken(paired):
     seen, unseen = halves(paired)
-    away = Drift(sums=-drift_of(unseen).sums)
-    kept = corrected_for(statistics(unseen[1]), away, paired[4], statistics(seen[1]), drift_of(seen))
-    assert torch.equal(kept, paired[4])
-    none = LayerStats(torch.zeros(IN, IN), 0)
-    assert torch.equal(corrected_for(none, Drift(torch.zeros(IN, IN)), paired[4], statistics(seen[1]), drift_of(seen)), paired[4])
+    mine = (paired[4], statistics(seen[1]), drift_of(seen))
+    away, nobody = Drift(sums=-drift_of(unseen).sums), (LayerStats(torch.zeros(IN, IN), 0), Drift(torch.zeros(IN, IN)))
+    assert torch.equal(corrected_by_heldout(*mine, statistics(unseen[1]), away), paired[4])
+    assert torch.equal(corrected_by_heldout(*mine, *nobody), paired[4])
 
 
 def test_an_input_that_is_always_zero_is_no_trouble(paired):

@@ -142,7 +142,7 @@ def damped_cholesky(columns: int) -> Work:
 
 
 def corrected(shape: Shape, chosen: bool) -> Work:
-    """`drift.corrected`, once the Gram matrix is factorized: a product and two triangular solves. chosen: as `drift.corrected_for` does,
+    """`drift.corrected`, once the Gram matrix is factorized: a product and two triangular solves. chosen: as `drift.corrected_by_heldout` does,
     with a factorization and a norm for every damping that is tried."""
     out, columns = shape
     if not chosen:
