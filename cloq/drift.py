@@ -73,7 +73,7 @@ def corrected_by_heldout(weight: Tensor, stats: LayerStats, drift: Drift, unseen
     """`W + c · (W D + R) (G + λ I)⁻¹`, `(out, in)` float32, with the λ among `DAMPINGS` and the c ≥ 0 that are best for other tokens.
 
     unseen, unseen_drift: of those. For a step `P` and `Gʰ, Dʰ, Rʰ` over them the deviation there falls by `2c ⟨P, W Dʰ + Rʰ⟩ − c² ‖P Sʰ‖²`,
-    so that the best c is a quotient. It falls the most for one λ and less to either side, so neighbours are tried as long as it falls
+    so that the best c is a quotient. Neighbouring λ are tried from the middle one as long as it falls
     more. Without tokens, or where no step helps, the weight stays as it is.
     """
     weight = weight.float()

@@ -142,8 +142,10 @@ def damped_cholesky(columns: int) -> Work:
 
 
 def corrected(shape: Shape, chosen: bool) -> Work:
-    """`drift.corrected`, once the Gram matrix is factorized: a product and two triangular solves. chosen: as `drift.corrected_by_heldout` does,
-    with a factorization and a norm for every damping that is tried."""
+    """`drift.corrected`, once the Gram matrix is factorized: a product and two triangular solves.
+
+    chosen: as `drift.corrected_by_heldout` does it, with a factorization and a norm for every damping that is tried.
+    """
     out, columns = shape
     if not chosen:
         return Work(products=4.0 * out * columns**2)
