@@ -227,8 +227,8 @@ class Decoder:
 
     @property
     def _head(self) -> nn.Module | None:
-        """What makes logits of hidden states, where the model says."""
-        return self.model.get_output_embeddings()
+        """What makes logits of hidden states, in transformers' own models: others may use its weight without calling it."""
+        return self.model.get_output_embeddings() if type(self.model).__module__.startswith("transformers.") else None
 
     def _left_out(self, head: bool) -> list[nn.Module]:
         """The head where it is not asked for, unless it holds what others are tied to."""
