@@ -73,8 +73,8 @@ def corrected_by_heldout(weight: Tensor, stats: LayerStats, drift: Drift, unseen
     """`W + c · (W D + R) (G + λ I)⁻¹`, `(out, in)` float32, with the λ among `DAMPINGS` and the c ≥ 0 that are best for other tokens.
 
     unseen, unseen_drift: of those. For a step `P` and `Gʰ, Dʰ, Rʰ` over them the deviation there falls by `2c ⟨P, W Dʰ + Rʰ⟩ − c² ‖P Sʰ‖²`,
-    so that the best c is a quotient. Neighbouring λ are tried from the middle one as long as it falls
-    more. Without tokens, or where no step helps, the weight stays as it is.
+    so that the best c is a quotient. Neighbouring λ are tried from the middle one as long as it falls more. Without tokens, or where
+    no step helps, the weight stays as it is.
     """
     weight = weight.float()
     wanted, theirs = drift.step(weight), unseen_drift.step(weight)
@@ -82,8 +82,9 @@ def corrected_by_heldout(weight: Tensor, stats: LayerStats, drift: Drift, unseen
     def tried(damping: float) -> _Trial:
         factor, _ = linalg.damped_cholesky(stats.gram.float(), damping)
         step = _solved(factor, wanted)
-        along, squared = max(0.0, float((step * theirs).sum(dtype=torch.float64))), linalg.gram_norm2(step, unseen.gram)
-        return _Trial(along * linalg.share(along, squared), linalg.share(along, squared), step)
+        along = max(0.0, float((step * theirs).sum(dtype=torch.float64)))
+        share = linalg.share(along, linalg.gram_norm2(step, unseen.gram))
+        return _Trial(along * share, share, step)
 
     start = len(DAMPINGS) // 2
     best = tried(DAMPINGS[start])

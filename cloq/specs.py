@@ -112,6 +112,11 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
+def union_members(hint: Any) -> tuple[Any, ...]:
+    """Of a type hint: what a union is made of, or the type itself."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
 def _parse(hint: Any, value: Any, where: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if isinstance(hint, type) and issubclass(hint, Spec):
@@ -119,7 +124,7 @@ def _parse(hint: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         require(isinstance(value, (list, tuple)), f"{where} needs a list, got {shown(value)}")
         return tuple(_parse(arguments[0], item, where) for item in value)
-    allowed = arguments if origin in (typing.Union, types.UnionType) else (hint,)
+    allowed = union_members(hint)
     require(not isinstance(value, int) or value.bit_length() <= 64, f"{where} is {shown(value)}; it has to fit into 64 bits")
     if float in allowed and isinstance(value, int) and not isinstance(value, bool):
         value = float(value) if int not in allowed else value

@@ -12,7 +12,7 @@ from cloq.errors import ModelError
 
 
 class Enough(Exception):
-    """Raised inside a forward once the last wanted input has been seen: what follows in the block need not be computed."""
+    """Raised inside a forward once all that is wanted of it has been seen: what follows need not be computed."""
 
 
 def shared_inputs(run: Callable[[], object], linears: dict[str, nn.Module]) -> list[list[str]]:

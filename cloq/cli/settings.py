@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import types
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from cloq.errors import SpecError
-from cloq.specs import EFFORTS, FLAT, INITIALIZER_NAMES, PROPAGATE, QUANTIZER_NAMES, SPLIT_NAMES, RunSpec, run_spec
+from cloq.specs import EFFORTS, FLAT, INITIALIZER_NAMES, PROPAGATE, QUANTIZER_NAMES, SPLIT_NAMES, RunSpec, run_spec, union_members
 
 HELP = {
     "bits": "Bits per weight: 2, 3, 4 or 8; or a mean of 2, 3 and 4, such as 2.5, spent where the loss depends on it.",
@@ -99,7 +98,7 @@ def _flag(name: str) -> Flag:
     section, key = FLAT[name]
     owner = getattr(RunSpec(), section) if section else RunSpec()
     value = getattr(owner, key)
-    kind, shown = next(kind for kind in _kinds(typing.get_type_hints(type(owner))[key]) if kind is not type(None)), str(value)
+    kind, shown = next(kind for kind in union_members(typing.get_type_hints(type(owner))[key]) if kind is not type(None)), str(value)
     if name == "bits":
         kind = float
     elif name == "group_size":
@@ -109,11 +108,6 @@ def _flag(name: str) -> Flag:
     elif value is None:
         shown = False
     return Flag(name, kind, HELP[name], shown, _PANELS[section])
-
-
-def _kinds(hint: Any) -> tuple[Any, ...]:
-    """The members of a union, or the type itself."""
-    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
 _PANELS = {"quant": "Quantization", "lora": "Factors", "calib": "Calibration", "": "Run"}

@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from cloq.calibration.hooks import Enough
 from cloq.errors import ModelError
 from cloq.linears import fused_experts, is_conv1d, is_linear, linear_shape, routers
 from cloq.models.checkpoint import Checkpoint, TensorSource, check_finite
@@ -367,7 +368,7 @@ class Decoder:
         """As `stand_in`, up to the head, which may be left out of `outer()`."""
         head = self._head
         with contextlib.ExitStack() as stack:
-            stack.enter_context(contextlib.suppress(_Enough))
+            stack.enter_context(contextlib.suppress(Enough))
             if head is not None:
                 head.forward = _stop
                 stack.callback(delattr, head, "forward")
@@ -405,12 +406,8 @@ def _empty(module: nn.Module) -> None:
             module._parameters[leaf] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
 
 
-class _Enough(Exception):
-    """Raised inside a forward where the rest of it is not needed."""
-
-
 def _stop(*args: Any, **kwargs: Any) -> Any:
-    raise _Enough
+    raise Enough
 
 
 def _intern(value: Any, kept: list[Tensor]) -> Any:
