@@ -1,7 +1,7 @@
 """The one loop: block after block, capture → quantize → factors → store → next block's inputs.
 
 A killed run is executed again with the same settings: finished blocks are read back and only their forward is repeated, so the
-activations, and with them every later byte, are the same as in an undisturbed run.
+activations, and with them every later byte, are the same as in an undisturbed run. If all blocks are finished nothing is run at all.
 
 Of several processes each streams its own sequences through all blocks. Their Gram matrices are summed, the layers shared out, and everyone
 gets all results; the first process alone reads and writes the store. See `cloq.distributed`.
@@ -142,7 +142,9 @@ class _Loop:
         total = len(decoder.blocks)
         last = max(i for i in range(total) if any(not self.layers[name].dense for name in decoder.linears(i)))  # its output nobody needs
         self.emit("start", {"blocks": total, "finished": done, "layers": sum(not layer.dense for layer in self.layers.values())})
-        loop = self if done == total else self._informed(tokens)
+        if done == total:
+            return
+        loop = self._informed(tokens)
         with clock("embed"):
             streams = self._entered(tokens)
         kinds, spare = Kinds(decoder, self.spec.corrects, self.processes.on_first), spare_memory(decoder.device, self.processes.here)

@@ -78,7 +78,7 @@ def test_the_same_run_again_computes_nothing_and_changes_nothing(finished):
     before, stored = digest(finished.out), {p: p.stat().st_mtime_ns for p in (finished.out / ".cloq/blocks").iterdir()}
     events = []
     run(finished.spec, finished.out, emit=lambda event, values: events.append(event))
-    assert "layer" not in events and events.count("replay") == 3
+    assert "start" in events and not {"layer", "replay", "block"} & set(events)
     assert digest(finished.out) == before
     assert {p: p.stat().st_mtime_ns for p in (finished.out / ".cloq/blocks").iterdir()} == stored
 
@@ -349,4 +349,4 @@ def test_a_run_goes_on_where_its_model_has_moved(finished, tmp_path):
     shutil.copytree(finished.out / ".cloq", out / ".cloq")
     moved = shutil.copytree(finished.spec.model, tmp_path / "moved")
     run(finished.spec.replace(model=str(moved)), out, emit=lambda event, values: events.append(event))
-    assert events.count("replay") == 3 and digest(out) == digest(finished.out)
+    assert "layer" not in events and digest(out) == digest(finished.out)

@@ -57,7 +57,8 @@ def _bar() -> Iterator[Emit]:
 
         def emit(event: str, values: dict[str, Any]) -> None:
             if event == "start":  # not before: an error in the settings should stand alone
-                bars.update(task, total=values["blocks"], visible=True)
+                everything = values["finished"] == values["blocks"]  # else finished blocks are counted as they are run again
+                bars.update(task, total=values["blocks"], completed=values["blocks"] if everything else 0, visible=True)
             elif event == "layer":
                 name = values["name"].split(".", 2)[-1] if values["name"].count(".") > 2 else values["name"]
                 bars.update(task, note=f"{name}  error {values['error_quantized']:.4f} → {values['error_corrected']:.4f}")

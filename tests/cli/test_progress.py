@@ -27,7 +27,7 @@ def test_a_warning_is_an_event_for_a_script(event, capsys):
 
 def test_what_concerns_many_layers_is_told_once(capsys):
     with progress("bar") as emit:
-        emit("start", {"blocks": 1})
+        emit("start", {"blocks": 1, "finished": 0})
         for name, note in (("experts.0.up", "few tokens"), ("experts.1.up", "few tokens"), ("experts.1.down", "another thing")):
             emit("layer", {"name": name, "notes": (note,), "error_quantized": 0.2, "error_corrected": 0.1})
     told = capsys.readouterr().err
