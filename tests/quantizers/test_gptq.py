@@ -1,13 +1,14 @@
 """GPTQ against the procedure that it is a fast form of, and the ways in which it can go wrong in silence."""
 
 import itertools
+from typing import NamedTuple
 
 import pytest
 import torch
 
 from cloq import linalg
 from cloq.quantizers import Gptq, Rtn, columns, gptq, grid
-from cloq.types import LayerStats
+from cloq.types import LayerStats, QuantizedWeight
 from tests.problems import KINDS, LARGE_SHAPES, SHAPES, output_error, problem
 
 NAMES = ("bits", "group_size", "symmetric", "act_order", "static_groups")
@@ -15,7 +16,19 @@ GRIDS = [(2, 32, False), (3, 20, True), (4, None, False), (2, None, True), (8, 6
 SETTINGS = [dict(zip(NAMES, (*g, *order), strict=True)) for g in GRIDS for order in itertools.product((False, True), repeat=2)]
 
 
-def naive_gptq(weight, gram, config: Gptq):
+class Naive(NamedTuple):
+    """codes, scale, zero: as of a `QuantizedWeight`. margin: how far from the edge between two codes each weight was when its turn came, in
+    steps. order: of the columns' turns. groups: of the column at each turn."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor
+    margin: torch.Tensor
+    order: torch.Tensor
+    groups: torch.Tensor
+
+
+def naive_gptq(weight, gram, config: Gptq) -> Naive:
     """Optimal Brain Quantization with the columns in a given order, arXiv:2210.17323 Eqs. (2) and (3), in float64.
 
     The inverse Hessian is explicit; after each column its row and column are eliminated from it, and every weight that remains
@@ -44,26 +57,51 @@ def naive_gptq(weight, gram, config: Gptq):
     fits = {}
     if config.static_groups or config.group_size is None:
         fits = {g: fit(group_of == g) for g in group_of.unique().tolist()}
-    codes = torch.empty(out, columns, dtype=torch.int64)
+    codes, margin = torch.empty(out, columns, dtype=torch.int64), torch.empty(out, columns, dtype=torch.float64)
     for position, i in enumerate(order.tolist()):
         g = int(index[position])
         if g not in fits:
             fits[g] = fit(order[position : position + config.group_size])
         scale, zero = fits[g]
+        margin[:, i] = (weight[:, i] / scale - (weight[:, i] / scale).floor() - 0.5).abs()
         codes[:, i] = (torch.round(weight[:, i] / scale) + zero).clamp(0, 2**config.bits - 1).long()
         error = (weight[:, i] - (codes[:, i] - zero) * scale) / inverse[i, i]
         rest = order[position + 1 :]
         weight[:, rest] -= torch.outer(error, inverse[i, rest])
         inverse = inverse - torch.outer(inverse[:, i], inverse[i]) / inverse[i, i]
     scale, zero = (torch.stack([fits[g][part] for g in sorted(fits)], dim=1) for part in (0, 1))
-    return codes, scale.float(), zero
+    return Naive(codes, scale.float(), zero, margin, order, index)
 
 
-def rows_that_differ(quantized, codes, scale, zero) -> int:
-    """Rows are independent. In float32 a value within 1e-6 of the edge between two codes may fall to the other side of it; that
-    moves all that comes after it in its row, and nothing else."""
-    same = (quantized.codes == codes).all(1) & (quantized.scale == scale).all(1) & (quantized.zero == zero).all(1)
-    return int((~same).sum())
+AT_AN_EDGE = 3e-4
+"""In steps. Where the damped matrix has a condition number of thousands, float32's factor of it is off in the fifth digit."""
+
+HALF_STEP = 2**-10
+"""What a scale changes by, relatively, when it is rounded to the next number in half precision."""
+
+
+def unlike(quantized: QuantizedWeight, naive: Naive) -> list[str]:
+    """Rows are independent. In float32 a value at the edge between two codes may fall to the other side of it, and so may a scale
+    between two numbers in half precision; that moves all that comes after in its row, and nothing else. The rows that differ first in
+    another way, and how."""
+    found = []
+    scale, zero = (part[:, naive.groups] for part in (quantized.scale, quantized.zero))
+    expected_scale, expected_zero = (part[:, naive.groups] for part in (naive.scale, naive.zero))
+    codes, expected, margin = (part[:, naive.order] for part in (quantized.codes.long(), naive.codes, naive.margin))
+    differs = (codes != expected) | (scale != expected_scale) | (zero != expected_zero)
+    for row in differs.any(1).nonzero().flatten().tolist():
+        first = int(differs[row].nonzero()[0])
+        ratio = float(scale[row, first] / expected_scale[row, first])
+        if ratio == 1 and zero[row, first] == expected_zero[row, first]:
+            if margin[row, first] > AT_AN_EDGE:
+                found.append(f"row {row}: another code at turn {first}, {float(margin[row, first]):.2g} steps from an edge")
+        elif abs(ratio - 1) > HALF_STEP or zero[row, first] != expected_zero[row, first]:
+            found.append(f"row {row}: another grid at turn {first}, its scale {ratio:.4f} times as large")
+    return found
+
+
+def rows_that_differ(one: QuantizedWeight, other: QuantizedWeight) -> int:
+    return int(((one.codes != other.codes).any(1) | (one.scale != other.scale).any(1) | (one.zero != other.zero).any(1)).sum())
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "-".join(map(str, s.values())))
@@ -73,8 +111,7 @@ def test_code_by_code_as_the_naive_elimination(kind, settings, search):
     p = problem(kind, (17, 150))
     config = Gptq(**settings, search=search)
     quantized = config.quantize(p.weight, p.stats)
-    codes, scale, zero = naive_gptq(p.weight, p.gram, config)
-    assert rows_that_differ(quantized, codes, scale, zero) <= 3  # of 17; two on a processor with AMX
+    assert unlike(quantized, naive_gptq(p.weight, p.gram, config)) == []
 
 
 @pytest.mark.parametrize("shape", (SHAPES["wide"], SHAPES["tall"]))
@@ -83,9 +120,9 @@ def test_exactly_the_naive_codes(shape):
     p = problem("well conditioned", shape)
     config = Gptq(2, 32)
     quantized = config.quantize(p.weight, p.stats)
-    codes, scale, zero = naive_gptq(p.weight, p.gram, config)
-    assert torch.equal(quantized.codes.long(), codes)
-    assert torch.equal(quantized.scale, scale) and torch.equal(quantized.zero.double(), zero)
+    naive = naive_gptq(p.weight, p.gram, config)
+    assert torch.equal(quantized.codes.long(), naive.codes)
+    assert torch.equal(quantized.scale, naive.scale) and torch.equal(quantized.zero.double(), naive.zero)
 
 
 @pytest.mark.parametrize("block, inner", ((1, 16), (7, 3), (32, 1), (1000, 16), (1000, 1000)))
@@ -96,25 +133,22 @@ def test_blocks_are_only_an_order_of_work(monkeypatch, block, inner, config):
     monkeypatch.setattr(gptq, "BLOCK", block)
     monkeypatch.setattr(columns, "INNER", inner)
     found = config.quantize(p.weight, p.stats)
-    assert rows_that_differ(found, expected.codes, expected.scale, expected.zero) <= 1
+    assert rows_that_differ(found, expected) <= 1
 
 
-ROWS_AT_AN_EDGE = {"well conditioned": 2, "power law": 40, "rank deficient": 4, "outlier channel": 2, "mostly constant": 40}
-"""Of 192. Where the damped matrix has a condition number of thousands, float32's factor of it is off in the fifth digit;
-how many rows differ depends on the processor's order of sums (24 of the power law's on one with AMX)."""
+CANDIDATES_ALIKE = 4
+"""Of 192 rows: those with a group in which two of the search's scales leave errors that float32 cannot tell apart."""
 
 
-@pytest.mark.parametrize("kind", ROWS_AT_AN_EDGE)
+@pytest.mark.parametrize("kind", ("well conditioned", "power law", "rank deficient", "outlier channel", "mostly constant"))
 def test_many_blocks_are_as_good_as_the_naive_elimination(kind):
     """A row in which a value at the edge between two codes fell to its other side is another answer, of the same quality."""
     p = problem(kind, (192, 400))
-    config = Gptq(2, 64, search=True)
-    found = config.quantize(p.weight, p.stats)
-    codes, scale, zero = naive_gptq(p.weight, p.gram, config)
-    assert rows_that_differ(found, codes, scale, zero) <= ROWS_AT_AN_EDGE[kind]
-    index = torch.arange(400) // 64
-    naive = (codes.float() - zero.float()[:, index]) * scale[:, index]
-    errors = [output_error(p.weight - dense, p.gram) for dense in (found.dequantize(), naive)]
+    found, naive = Gptq(2, 64, search=True).quantize(p.weight, p.stats), naive_gptq(p.weight, p.gram, Gptq(2, 64, search=True))
+    other = unlike(found, naive)
+    assert len(other) <= CANDIDATES_ALIKE and all("another grid" in line for line in other), other
+    dense = (naive.codes.float() - naive.zero.float()[:, naive.groups]) * naive.scale[:, naive.groups]
+    errors = [output_error(p.weight - weight, p.gram) for weight in (found.dequantize(), dense)]
     assert errors[0] == pytest.approx(errors[1], rel=0.05)
 
 
