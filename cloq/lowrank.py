@@ -37,6 +37,9 @@ FLOAT32_TOLERANCE = 3e-4
 PROBES = 8
 """Rows of `E G` that are computed in float64 as well, to see how far off float32's are."""
 
+_UNREACHED = 1e-9
+"""Of the largest `Σ h_k²`, below which a term's is rounding."""
+
 WIDENED = 1 << 16
 """Values that are widened to float64 at a time for those."""
 
@@ -254,6 +257,27 @@ def balance(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     u, s, vt = torch.linalg.svd(rb @ ra.T)
     root = s.sqrt()
     return (qb @ (u * root)).to(B.dtype), ((root[:, None] * vt) @ qa.T).to(A.dtype)
+
+
+def share_steps(B: Tensor, A: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product, each of its r terms scaled so that training moves the layer's outputs as far through `B` as through `A`.
+
+    An optimizer such as Adam moves every entry by about the learning rate η, whatever the entry's size. With `h = A x` and signs at
+    random, moving `B`'s column k changes the outputs by `η² · out · ⟨h_k²⟩` in mean square, and moving `A`'s row k by `η² · ⟨‖x‖²⟩ · ‖b_k‖²`.
+    `b_k · c` and `a_k / c` with `c⁴ = out · ⟨h_k²⟩ / (⟨‖x‖²⟩ ‖b_k‖²)` make both alike, and their sum the least.
+
+    B: `(out, r)`. A: `(r, in)`. gram: `(in, in)`, of any scale. A term that the inputs do not reach is scaled like the one that they reach
+    the least; without any inputs all stay as they are.
+    """
+    reached = (_times_gram(_wide(A), gram) * _wide(A)).sum(1).clamp_min(0)  # Σ h_k²
+    sizes = _wide(B).square().sum(0)
+    inputs = float(gram.diagonal().sum(dtype=torch.float64))
+    ratios = B.shape[0] * reached / (inputs * sizes)
+    held = torch.isfinite(ratios) & (reached > _UNREACHED * reached.max())
+    if not bool(held.any()):
+        return B, A
+    scales = torch.where(held, ratios, ratios[held].min()).pow(0.25)
+    return (B * scales).to(B.dtype), (A / scales[:, None]).to(A.dtype)
 
 
 def deflate(gram: Tensor, rows: Tensor, kept: float = 0.0) -> Tensor:

@@ -39,7 +39,7 @@ RUN_SETTINGS = {"fisher": ("cloq",), "adaptive_rank": ("cloq",)}
 """Settings of `RunSpec` that are for some initializers only → those."""
 
 EFFORTS: dict[str, dict[str, Any]] = {
-    "published": {"rounds": 0, "correction": 0.0, "fisher": 0.0, "adaptive_rank": False},
+    "published": {"split": "paper", "rounds": 0, "correction": 0.0, "fisher": 0.0, "adaptive_rank": False},
     "fast": {"rounds": 1, "correction": 0.0, "fisher": 0.0, "adaptive_rank": False},
     "default": {},
     "best": {"rounds": 16, "fisher": 0.9, "adaptive_rank": True},
@@ -183,7 +183,7 @@ class LoraSpec(Spec):
 
     init: str = "cloq"
     rank: int = 64
-    split: str = "paper"
+    split: str = "balanced"
     rounds: int = 4
     iterations: int = 5
 

@@ -142,7 +142,7 @@ def test_init_fits_factors_to_a_given_base(finished, model, text, tmp_path):
         (["quantize", "--quantizer", "nf4", "--bits", "2"], "nf4 is a 4-bit codebook"),
         (["quantize", "--quantizer", "nf4", "--bits", "4", "--symmetric"], "symmetric is True, which quantizer 'nf4' does not have"),
         (["quantize", "--quantizer", "rtn", "--act-order"], "act_order is True, which quantizer 'rtn' does not have"),
-        (["quantize", "--init", "eora", "--split", "balanced"], "split is balanced, which init 'eora' does not have"),
+        (["quantize", "--init", "eora", "--split", "paper"], "split is paper, which init 'eora' does not have"),
         (["quantize", "./no/such/folder"], "is not a folder"),
         (["quantize", "--config", "no.yaml"], "no.yaml"),
         (["quantize", "--no-such-flag"], "no-such-flag"),

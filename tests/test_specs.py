@@ -194,7 +194,7 @@ def test_a_setting_that_the_quantizer_does_not_have_is_refused(quantizer, name):
 
 
 @pytest.mark.parametrize("init", specs.INITIALIZER_NAMES)
-@pytest.mark.parametrize(("name", "value", "owner"), [("split", "balanced", "cloq"), ("iterations", 2, "loftq")])
+@pytest.mark.parametrize(("name", "value", "owner"), [("split", "paper", "cloq"), ("iterations", 2, "loftq")])
 def test_a_setting_that_the_initializer_does_not_have_is_refused(init, name, value, owner):
     if init == owner:
         assert getattr(LoraSpec(init=init, **{name: value}), name) == value

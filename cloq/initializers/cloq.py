@@ -38,8 +38,8 @@ def closed_form(error: Tensor, gram: Tensor, rank: int, split: str = "paper", ou
 
     error: `(out, in)`, what the factors should undo, `W − Q`. gram: `(in, in)`, positive semi-definite, of any rank and scale.
     rank: at least 1; more than `min(out, in)` is clipped to it, where the error vanishes.
-    split: `paper` gives B orthonormal columns, without `outputs` the eigenvectors with `A = Bᵀ E`; `balanced` shares the singular values
-        of `B A` between both (`BᵀB = A Aᵀ`). The product is the same.
+    split: `paper` gives B orthonormal columns, without `outputs` the eigenvectors with `A = Bᵀ E`; `balanced` scales each of these columns
+        and its row of A so that a step of training moves the outputs as far through either (`lowrank.share_steps`). The product is the same.
     outputs: `(out,)`, positive: what the squared error of each output counts. The problem is the plain one for `D^{1/2} E`, whose product
         is then divided by `D^{1/2}`. The result's `error`, `total` and `spectrum` are those of the weighted problem.
 
@@ -63,10 +63,12 @@ def closed_form(error: Tensor, gram: Tensor, rank: int, split: str = "paper", ou
     vectors, values, total, _ = lowrank.top_eigenvectors(weighted, gram, rank)
     B, A = vectors, vectors.to(error.dtype).T @ weighted
     if roots is not None:
-        B, triangle = torch.linalg.qr(B / roots)
-        A = triangle.to(A.dtype) @ A
+        B = B / roots
     if split == "balanced":
-        B, A = lowrank.balance(B, A)
+        B, A = lowrank.share_steps(B, A, gram)
+    elif roots is not None:
+        B, triangle = torch.linalg.qr(B)
+        A = triangle.to(A.dtype) @ A
     remaining = 0.0 if rank == min(error.shape) else max(total - float(values.sum()), 0.0)
     return ClosedForm(LoraFactors(A.float(), B.float()), remaining, total, values)
 

@@ -94,7 +94,37 @@ def test_both_splits_have_the_same_product(kind, shape):
     torch.testing.assert_close(paper.delta(), balanced.delta(), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(paper.B.T @ paper.B, torch.eye(6), rtol=0, atol=1e-5)
     torch.testing.assert_close(paper.A, paper.B.T @ error, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(balanced.B.T @ balanced.B, balanced.A @ balanced.A.T, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("outputs", (False, True))
+@pytest.mark.parametrize("kind", ("well conditioned", "power law", "outlier channel"))
+def test_balanced_factors_move_the_outputs_alike_and_the_least(kind, outputs):
+    """What a step of ±η on every entry does to the outputs on the tokens, term by term, found by making such steps."""
+    p = problem(kind, SHAPES["wide"])
+    weights = 0.05 + torch.rand(SHAPES["wide"][0], generator=torch.Generator().manual_seed(1)) if outputs else None
+    factors = closed_form(quantization_error(p), p.gram, 4, "balanced", weights).factors
+    A, B, gram, generator = factors.A.double(), factors.B.double(), p.gram.double(), torch.Generator().manual_seed(2)
+
+    def moved(A, B, steps=4000) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean squares, by term, of what a step on its column of `B` and on its row of `A` adds to the outputs."""
+        through_b = B.shape[0] * ((A @ gram) * A).sum(1)  # ± of a column of B: no output's step depends on another's
+        signs = torch.randint(0, 2, (steps, A.shape[1]), generator=generator).double() * 2 - 1
+        return through_b, B.square().sum(0) * ((signs @ gram) * signs).sum(1).mean()
+
+    through_b, through_a = moved(A, B)
+    torch.testing.assert_close(through_b, through_a, rtol=0.1, atol=0)
+    for scale in (0.5, 2.0):
+        assert float(sum(moved(A / scale, B * scale)).sum()) > 1.5 * float((through_a + through_b).sum())
+
+
+def test_a_term_without_inputs_is_scaled_like_the_others():
+    B, A, gram = torch.ones(5, 3), torch.ones(3, 4), torch.zeros(4, 4)
+    assert lowrank.share_steps(B, A, gram) == (B, A)  # nothing is known of any
+    gram[0, 0], A[1, 0], A[0, 0] = 3.0, 0.0, 16.0
+    b, a = lowrank.share_steps(B, A, gram)
+    torch.testing.assert_close(b @ a, B @ A)
+    torch.testing.assert_close(b[0], torch.tensor([4.0, 1.0, 1.0]))
+    torch.testing.assert_close(b, b[:1].expand(5, 3))
 
 
 @pytest.mark.parametrize("scale", (1e-6, 1e8))

@@ -132,8 +132,8 @@ def test_an_initializer_is_a_frozen_dataclass_with_one_verb(name):
 
 def test_a_spec_becomes_its_initializer():
     for name, kind in INITIALIZERS.items():
-        assert from_spec(LoraSpec(init=name)) == (kind(rounds=LoraSpec().rounds) if name == "cloq" else kind())
-    assert from_spec(LoraSpec(init="cloq", split="balanced")) == INITIALIZERS["cloq"]("balanced", LoraSpec().rounds)
+        assert from_spec(LoraSpec(init=name)) == (kind(LoraSpec().split, LoraSpec().rounds) if name == "cloq" else kind())
+    assert from_spec(LoraSpec(init="cloq", split="paper")) == INITIALIZERS["cloq"]("paper", LoraSpec().rounds)
     assert from_spec(LoraSpec(init="loftq", iterations=3)) == INITIALIZERS["loftq"](3)
 
 
