@@ -263,8 +263,8 @@ def share_steps(B: Tensor, A: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
     """The same product, each of its r terms scaled so that training moves the layer's outputs as far through `B` as through `A`.
 
     An optimizer such as Adam moves every entry by about the learning rate η, whatever the entry's size. With `h = A x` and signs at
-    random, moving `B`'s column k changes the outputs by `η² · out · ⟨h_k²⟩` in mean square, and moving `A`'s row k by `η² · ⟨‖x‖²⟩ · ‖b_k‖²`.
-    `b_k · c` and `a_k / c` with `c⁴ = out · ⟨h_k²⟩ / (⟨‖x‖²⟩ ‖b_k‖²)` make both alike, and their sum the least.
+    random, moving `B`'s column k changes the outputs by `η² · out · ⟨h_k²⟩` in mean square, and moving `A`'s row k by
+    `η² · ⟨‖x‖²⟩ · ‖b_k‖²`. `b_k · c` and `a_k / c` with `c⁴ = out · ⟨h_k²⟩ / (⟨‖x‖²⟩ ‖b_k‖²)` make both alike, and their sum the least.
 
     B: `(out, r)`. A: `(r, in)`. gram: `(in, in)`, of any scale. A term that the inputs do not reach is scaled like the one that they reach
     the least; without any inputs all stay as they are.

@@ -29,7 +29,7 @@ def factors(protocol: Protocol, base: Path, out: Path) -> dict[str, float]:
     """`cloq init` for the base, in a process of its own; what it cost."""
     settings = {
         "--dense": protocol.model, "--quantized": base, "--calib": protocol.calibration_text, "--calib-samples": protocol.calib_samples,
-        "--seq-len": protocol.calib_len, "--rank": protocol.rank, "--out": out,
+        "--seq-len": protocol.calib_len, "--rank": protocol.rank, "--split": "paper", "--out": out,
     }  # fmt: skip
     flags = [str(word) for pair in settings.items() for word in pair]
     if not (out / "report.json").exists():
@@ -50,7 +50,7 @@ def trained(args: argparse.Namespace, protocol: Protocol, name: str, base: Path,
             cell = Cell(args.bits, name, lr, seed)
             result = kept.get(cell.name, protocol)
             if result is None:
-                model = trainable_model(protocol, Pair(base, adapter), balanced=False)
+                model = trainable_model(protocol, Pair(base, adapter))
                 result = {"before": losses(model, texts)} | train(protocol, cell, model, texts)
                 kept.put(cell.name, protocol, result)
             found["before"] = perplexity(result["before"]["test"])

@@ -92,7 +92,7 @@ class Bench:
 
         from cloq.device import resolve_device
 
-        model = trainable_model(protocol, self._starts.pair(cell.start), METHODS[cell.method].balanced).to(resolve_device("auto"))
+        model = trainable_model(protocol, self._starts.pair(cell.start)).to(resolve_device("auto"))
         before = self._before.get(cell.start.name, protocol)
         if before is None:
             before = {"losses": losses(model, self._texts), "tasks": answer_tasks(model, protocol, self._tasks)}

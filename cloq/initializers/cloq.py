@@ -39,7 +39,7 @@ def closed_form(error: Tensor, gram: Tensor, rank: int, split: str = "paper", ou
     error: `(out, in)`, what the factors should undo, `W − Q`. gram: `(in, in)`, positive semi-definite, of any rank and scale.
     rank: at least 1; more than `min(out, in)` is clipped to it, where the error vanishes.
     split: `paper` gives B orthonormal columns, without `outputs` the eigenvectors with `A = Bᵀ E`; `balanced` scales each of these columns
-        and its row of A so that a step of training moves the outputs as far through either (`lowrank.share_steps`). The product is the same.
+        and its row of A so that a step of training moves the outputs as far through either (`lowrank.share_steps`). Same product.
     outputs: `(out,)`, positive: what the squared error of each output counts. The problem is the plain one for `D^{1/2} E`, whose product
         is then divided by `D^{1/2}`. The result's `error`, `total` and `spectrum` are those of the weighted problem.
 

@@ -11,13 +11,12 @@ _CALIBRATION = frozenset({"calib", "calib_samples", "calib_len"})
 @dataclass(frozen=True)
 class Method:
     """base: `dense`, `nf4`, `gptq` (shared by all that name it), `own`, or the library that makes base and factors: `gptqmodel`, `peft`.
-    init, settings: of the run that makes the factors. balanced: share the singular values of the product between the factors before
-    training; the product stays. family: methods of one family are variants of each other, not rivals; of nobody else's if empty."""
+    init, settings: of the run that makes the factors. family: methods of one family are variants of each other, not rivals; of nobody
+    else's if empty."""
 
     base: str
     init: str = "zero"
     settings: tuple[tuple[str, object], ...] = ()
-    balanced: bool = False
     family: str = ""
 
     def widths(self, bits: list[float]) -> list[float]:
@@ -47,8 +46,8 @@ METHODS = {
     "svd": Method("gptq", "svd"),
     "qera": Method("gptq", "qera"),
     "eora": Method("gptq", "eora"),
-    "cloq": Method("gptq", "cloq", family="cloq"),
-    "cloq-balanced": Method("gptq", "cloq", balanced=True, family="cloq"),
+    "cloq": Method("gptq", "cloq", (("split", "paper"),), family="cloq"),
+    "cloq-balanced": Method("gptq", "cloq", (("split", "balanced"),), family="cloq"),
     "loftq": Method("own", "loftq", (("quantizer", "rtn"),)),
     "cloq-paper": Method("own", "cloq", (("effort", "published"),), family="cloq"),
     "cloq-rounds": Method("own", "cloq", (("correction", 0.0),), family="cloq"),
@@ -57,9 +56,9 @@ METHODS = {
     "gptqmodel-eora": Method("gptqmodel", "eora"),
     "peft-loftq": Method("peft", "loftq"),
 }
-"""Methods on the shared base are as published: no layer makes up for those before it. `loftq` alternates on round-to-nearest, as published,
-with scales searched like everybody's. `cloq-run` is what `cloq quantize` makes. The last two are other libraries' own
-work from the 16-bit model to the factors; see `rivals`."""
+"""Methods on the shared base are as published, but for `cloq-balanced`: no layer makes up for those before it. `loftq` alternates on
+round-to-nearest, as published, with scales searched like everybody's. `cloq-run` is what `cloq quantize` makes. The last two are other
+libraries' own work from the 16-bit model to the factors; see `rivals`."""
 
 OWN = [name for name, method in METHODS.items() if method.base not in ("gptqmodel", "peft")]
 """What is run if no method is named: nothing that needs another library's quantizer."""

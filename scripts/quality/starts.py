@@ -94,7 +94,7 @@ def _beyond(changes: Changes) -> bool:
     return any(setting not in _OF_THE_BASE for setting, _ in changes)
 
 
-def trainable_model(protocol: Protocol, pair: Pair | None, balanced: bool) -> nn.Module:
+def trainable_model(protocol: Protocol, pair: Pair | None) -> nn.Module:
     """The base in float32 with its adapter, or with LoRA's usual one on the 16-bit model, as a `peft.PeftModel`."""
     from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -110,10 +110,7 @@ def trainable_model(protocol: Protocol, pair: Pair | None, balanced: bool) -> nn
     model = _decoded(protocol, pair.base)
     config = PeftConfig.from_pretrained(pair.adapter)
     config.lora_dropout = protocol.dropout
-    model = PeftModel.from_pretrained(model, pair.adapter, is_trainable=True, config=config)
-    if balanced:
-        _balance(model)
-    return model
+    return PeftModel.from_pretrained(model, pair.adapter, is_trainable=True, config=config)
 
 
 def _decoded(protocol: Protocol, base: Path) -> nn.Module:
@@ -128,12 +125,3 @@ def _decoded(protocol: Protocol, base: Path) -> nn.Module:
     for name in source.names:
         set_weight(model.get_submodule(name), source.weight(name).dequantize())
     return model
-
-
-def _balance(model: nn.Module) -> None:
-    from cloq import lowrank
-
-    for module in model.modules():
-        if hasattr(module, "lora_A"):
-            A, B = module.lora_A["default"].weight, module.lora_B["default"].weight
-            B.data, A.data = lowrank.balance(B.data, A.data)

@@ -113,7 +113,7 @@ def test_sweeps(place):
         "2-cloq", "16-lora-16", "2-cloq-rank-2", "16-lora-16-rank-2", "2-cloq-group-size-0",
     }  # fmt: skip
     assert {path.name for path in (out / "runs").iterdir()} == {
-        "2-gptq", "2-gptq-cloq", "2-gptq-cloq-rank-2", "2-gptq-group-size-0", "2-gptq-cloq-group-size-0",
+        "2-gptq", "2-gptq-cloq-paper", "2-gptq-cloq-paper-rank-2", "2-gptq-group-size-0", "2-gptq-cloq-paper-group-size-0",
     }  # fmt: skip
     factors = {path.stem: json.loads(path.read_text())["result"]["factors"] for path in (out / "cells").iterdir()}
     assert factors["2-cloq-lr0.0003-seed0"] == 2 * factors["2-cloq-lr0.0003-seed0-rank-2"]

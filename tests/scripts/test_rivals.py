@@ -29,7 +29,7 @@ def test_peft_s_loftq_leaves_nf4_values_and_factors_of_what_they_lack(protocol, 
     """The base is NF4: quantized once more it is itself. The factors are PEFT's, and come back as they were."""
     out = peft_loftq(protocol, tmp_path / "4-peft-loftq")
     original, base = Decoder(protocol.model), Checkpoint(out / "model")
-    model = trainable_model(protocol, Pair(out / "model", out / "adapter"), balanced=False)
+    model = trainable_model(protocol, Pair(out / "model", out / "adapter"))
     for name in original.all_linears():
         weight = original.read(f"{name}.weight").float()
         quantized = base.read(f"{name}.weight")
