@@ -103,11 +103,19 @@ class Cloq:
         """Raises `ValueError` for a rank above `min(weight.shape)`."""
         lowrank.check_rank(rank, weight.shape)
         weight = weight.detach().float()
-        roots = _roots(stats.outputs, weight)
-        first = best = quantize(weight, stats)
-        fitted = closed_form(weight - first.dequantize(), stats.gram, rank, self.split, stats.outputs)
+        codes = quantize(weight, stats)
+        if self.rounds and rank < min(weight.shape):  # at full rank there is no error left
+            codes = self._chosen_again(codes, weight, stats, quantize, rank)
+        return codes, closed_form(weight - codes.dequantize(), stats.gram, rank, self.split, stats.outputs).factors
+
+    def _chosen_again(
+        self, first: AnyQuantizedWeight, weight: Tensor, stats: LayerStats, quantize: Quantize, rank: int
+    ) -> AnyQuantizedWeight:  # fmt: skip
+        """The codes of the best round; the split has no part in them."""
+        roots, best = _roots(stats.outputs, weight), first
+        fitted = closed_form(weight - first.dequantize(), stats.gram, rank, outputs=stats.outputs)
         B, A, least = fitted.factors.B, fitted.factors.A, fitted.error
-        for _ in range(self.rounds if rank < min(weight.shape) else 0):  # at full rank there is no error left
+        for _ in range(self.rounds):
             target = weight - B @ A
             corrected = LayerStats(lowrank.deflate(stats.gram, A, KEPT), stats.n_tokens)
             quantized = quantize(target, corrected)
@@ -121,6 +129,4 @@ class Cloq:
                 B = B / roots
             if error < least:
                 best, least = quantized, error
-        if best is not first:
-            fitted = closed_form(weight - best.dequantize(), stats.gram, rank, self.split, stats.outputs)
-        return best, fitted.factors
+        return best

@@ -176,6 +176,19 @@ def test_rounds_never_cost_and_mostly_gain(kind, quantizer):
         assert sum(errors[3]) < 0.9 * sum(errors[0])
 
 
+@pytest.mark.parametrize("outputs", (False, True))
+def test_the_split_has_no_part_in_the_codes(outputs):
+    """Nor in the product: only in how it is shared."""
+    p = problem("power law", SHAPES["tall"])
+    stats = p.stats.for_outputs(0.1 + torch.rand(len(p.weight), generator=torch.Generator().manual_seed(1))) if outputs else p.stats
+    (paper, one), (balanced, other) = (
+        Cloq(split, 3).initialize(p.weight, stats, Gptq(2, 32).quantize, 8) for split in ("paper", "balanced")
+    )
+    assert torch.equal(paper.codes, balanced.codes) and torch.equal(paper.scale, balanced.scale)
+    torch.testing.assert_close(one.delta(), other.delta(), rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(one.A, other.A, rtol=0.1)
+
+
 def test_rounds_at_full_rank_stop_where_no_error_is_left():
     p = problem("power law", SHAPES["wide"])
     calls = []
