@@ -58,7 +58,7 @@ def quantize_with_gptqmodel(args: argparse.Namespace, out: Path, adapter: bool) 
     from cloq.specs import CalibSpec
 
     _finish_one_module_at_a_time()
-    spec = CalibSpec(args.calib, args.samples, args.seq_len)
+    spec = CalibSpec(args.calib, args.samples, args.seq_len, seed=args.seed)
     tokens = calibration_tokens(spec, load_tokenizer(Path(args.model))).calibration
     rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in tokens]
     eora = {"adapter": Lora(path=str(out / "adapter"), rank=args.rank)} if adapter else {}
@@ -82,7 +82,7 @@ def quantize_with_cloq(args: argparse.Namespace, out: Path, **settings) -> None:
 
     cloq.quantize(
         args.model, out=out, bits=args.bits, group_size=args.group_size or None, rank=args.rank, calib=args.calib,
-        calib_samples=args.samples, seq_len=args.seq_len, **{"heldout": 0.0} | settings,
+        calib_samples=args.samples, seq_len=args.seq_len, seed=args.seed, **{"heldout": 0.0} | settings,
     )  # fmt: skip
 
 
@@ -109,6 +109,7 @@ def main() -> None:
     parser.add_argument("--tools", nargs="+", choices=list(TOOLS), default=list(TOOLS))
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of calibration sequences")
     parser.add_argument("--eval-samples", type=int, default=16)
     parser.add_argument("--json", help="also write the rows here")
     parser.add_argument("--child", choices=list(TOOLS), help=argparse.SUPPRESS)

@@ -18,6 +18,9 @@ Rank, steps, tokens and their order (by seed), optimizer and schedule are the sa
 seeds; the table shows the test text at that rate. With `--rate-seeds` these seeds alone train at every rate, and the others at the one
 that was chosen.
 
+**What seeds draw.** The order of the training text. Bases and factors are those of one draw of calibration text, so that the error over
+seeds knows nothing of that draw; with `--redraw` every seed has a draw, and bases and factors, of its own, for as many times their cost.
+
 **As good as the best rival in the end.** The best rival is the method of the lowest validation loss after training at the same width, the
 16-bit model and a method's own variants (those of `cloq` have its name in theirs) left out. The column says after how many steps, and
 seconds of training, a method's validation loss first is as low, linear in the loss between evaluations.
@@ -36,7 +39,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +55,14 @@ from cloq.errors import CloqError
 class Bench:
     """What is made on the way from a cell's name to its result; nothing that is kept already is made again."""
 
-    def __init__(self, protocol: Protocol, out: Path, runs: Path, minutes: float):
+    def __init__(self, protocol: Protocol, out: Path, runs: Path, minutes: float, redraw: bool):
         from quality.answers import read_tasks
         from quality.starts import Starts
         from quality.training import read_texts
 
         self._protocol, self._starts = protocol, Starts(protocol, runs, minutes)
         self._tasks, self._texts = read_tasks(protocol), read_texts(protocol)  # first: what is not there leaves no folder behind
-        self._cells, self._before = Kept(out / "cells"), Kept(out / "before")
+        self._cells, self._before, self._redraw = Kept(out / "cells"), Kept(out / "before"), redraw
         self.refused: dict[Start, str] = {}
 
     def results(self, cells: Iterable[Cell]) -> dict[Cell, dict[str, Any]]:
@@ -69,13 +72,14 @@ class Bench:
 
     def result(self, cell: Cell) -> dict[str, Any] | None:
         """`None` where the start is another library's, and it refused; `refused` says why."""
-        protocol = self._protocol.changed(cell.changes)
+        start = self._start(cell)
+        protocol = self._protocol.changed(start.changes)
         kept = self._cells.get(cell.name, protocol)
         if kept is not None or cell.start in self.refused:
             return kept
         began = time.perf_counter()
         try:
-            result = self._train(cell, protocol)
+            result = self._train(cell, start, protocol)
         except Refused as error:
             self.refused[cell.start] = str(error)
             print(f"{cell.start.name}: {error}", flush=True)
@@ -85,18 +89,24 @@ class Bench:
         print(f"{cell.name}: {before:,.1f} -> {after:,.2f}, {time.perf_counter() - began:.0f} s", flush=True)
         return result
 
-    def _train(self, cell: Cell, protocol: Protocol) -> dict[str, Any]:
+    def _start(self, cell: Cell) -> Start:
+        """The cell's own, where every seed draws its calibration text; else what all seeds share."""
+        if not self._redraw or not cell.seed or "calib_seed" not in METHODS[cell.method].moved_by:
+            return cell.start
+        return replace(cell.start, changes=(*cell.changes, ("calib_seed", cell.seed)))
+
+    def _train(self, cell: Cell, start: Start, protocol: Protocol) -> dict[str, Any]:
         from quality.answers import answer_tasks
         from quality.starts import trainable_model
         from quality.training import losses, train
 
         from cloq.device import resolve_device
 
-        model = trainable_model(protocol, self._starts.pair(cell.start)).to(resolve_device("auto"))
-        before = self._before.get(cell.start.name, protocol)
+        model = trainable_model(protocol, self._starts.pair(start)).to(resolve_device("auto"))
+        before = self._before.get(start.name, protocol)
         if before is None:
             before = {"losses": losses(model, self._texts), "tasks": answer_tasks(model, protocol, self._tasks)}
-            self._before.put(cell.start.name, protocol, before)
+            self._before.put(start.name, protocol, before)
         result = train(protocol, cell, model, self._texts) | {"before": before["losses"]}
         if not protocol.tasks:
             return result
@@ -132,6 +142,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--bits", type=_width, nargs="+", default=[2], help="2, 3, 4, or a mean of them, such as 2.5")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=OWN, help="default: all but other libraries' own")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--redraw", action="store_true", help="seeds draw the calibration text too: each has bases and factors of its own")
     parser.add_argument("--lrs", type=float, nargs="+", default=[3e-4])
     parser.add_argument("--rate-seeds", type=int, nargs="+", default=[], help="of the seeds, those that the rate is chosen on; all")
     parser.add_argument("--sweep", nargs="+", action="append", default=[], metavar=("SETTING", "VALUE"), help="repeatable; see above")
@@ -150,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     quiet_libraries()
     protocol, out = read_protocol(args), Path(args.out)
     sweeps = [Sweep.parse(words) for words in args.sweep]
-    bench = Bench(protocol, out, Path(args.runs) if args.runs else out / "runs", args.rival_minutes)
+    bench = Bench(protocol, out, Path(args.runs) if args.runs else out / "runs", args.rival_minutes, args.redraw)
     points = starts(protocol, args.bits, args.methods, sweeps)
     choosing = args.rate_seeds or args.seeds
     results = bench.results(grid(points, args.lrs, choosing))

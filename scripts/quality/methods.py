@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 BITS_16 = 16
-_CALIBRATION = frozenset({"calib", "calib_samples", "calib_len"})
+_CALIBRATION = frozenset({"calib", "calib_samples", "calib_len", "calib_seed"})
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Method:
 
     @property
     def moved_by(self) -> frozenset[str]:
-        """Settings of a sweep that change what this method starts from; at others it is the same cell."""
+        """Settings that change what this method starts from; a sweep of others leaves it the same cell."""
         if self.base in ("dense", "nf4", "peft"):
             return frozenset({"rank"})
         if self.init == "loftq":  # it sees weights alone, and so does its quantizer

@@ -20,7 +20,7 @@ class Protocol:
     calib: calibration text; the training text if not given. group_size: 0 is one group per output channel. propagate: of the runs that fit
     factors to data, `None` for `adapter`; the base that all share is always calibrated through its own compressed prefix. precision: of the
     products in training, `fp32` or `bf16` (autocast; factors, their optimizer and evaluation are float32 in both). tasks: answered before
-    and after training, on `task_rows` rows of each out of `task_data`.
+    and after training, on `task_rows` rows of each out of `task_data`. calib_seed: of the choice of calibration sequences.
     """
 
     model: str
@@ -41,6 +41,7 @@ class Protocol:
     group_size: int = 64
     calib_samples: int = 32
     calib_len: int = 512
+    calib_seed: int = 0
     propagate: str | None = None
     sequential: bool = True
     precision: str = "fp32"
@@ -58,6 +59,7 @@ class Protocol:
         silent = [] if self.tasks else ["tasks", "task_data", "task_rows"]
         silent += ["propagate"] if self.propagate is None else []
         silent += ["sequential"] if self.sequential else []
+        silent += ["calib_seed"] if self.calib_seed == 0 else []
         silent += ["precision"] if self.precision == "fp32" else []
         return {name: value for name, value in values.items() if name not in silent}
 
@@ -164,4 +166,5 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def read_protocol(args: Namespace) -> Protocol:
-    return Protocol(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Protocol)})
+    """`calib_seed` is a cell's, not the command's."""
+    return Protocol(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Protocol) if field.name != "calib_seed"})

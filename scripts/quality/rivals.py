@@ -42,6 +42,7 @@ def gptqmodel_eora(protocol: Protocol, bits: int, out: Path, minutes: float) -> 
         "bits": bits, "group-size": protocol.group_size, "rank": protocol.rank, "calib": protocol.calibration_text,
         "samples": protocol.calib_samples, "seq-len": protocol.calib_len,
     }  # fmt: skip
+    asked |= {"seed": protocol.calib_seed} if protocol.calib_seed else {}
     flags = [word for name, value in asked.items() for word in (f"--{name}", str(value))]
     script = Path(__file__).parents[1] / "bench_gptqmodel.py"
 

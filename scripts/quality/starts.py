@@ -13,7 +13,7 @@ from quality.methods import METHODS, Method
 from quality.protocol import Changes, Protocol, tag
 from quality.rivals import gptqmodel_eora, peft_loftq
 
-_OF_THE_BASE = ("group_size", "calib", "calib_samples", "calib_len", "sequential")
+_OF_THE_BASE = ("group_size", "calib", "calib_samples", "calib_len", "calib_seed", "sequential")
 
 
 _ONE = (("calib_samples", 1),)
@@ -84,7 +84,7 @@ class Starts:
         from cloq.specs import run_spec
 
         calibration = {"calib": protocol.calibration_text, "calib_samples": protocol.calib_samples, "seq_len": protocol.calib_len}
-        spec = run_spec(model=protocol.model, rank=protocol.rank, **calibration, **settings)
+        spec = run_spec(model=protocol.model, rank=protocol.rank, seed=protocol.calib_seed, **calibration, **settings)
         made = run(spec, self._runs / name)
         return Pair(made.base, made.adapter)
 

@@ -95,6 +95,24 @@ def test_the_rate_may_be_chosen_on_some_of_the_seeds(place):
         run(place, "--methods", "zero", "--seeds", "0", "--rate-seeds", "1", out="rates")
 
 
+def test_seeds_may_draw_the_calibration_text_too(place):
+    words = ["--methods", "lora-16", "zero", "cloq", "--seeds", "0", "1"]
+    shared, own = run(place, *words, out="shared"), run(place, *words, "--redraw", out="own")
+    runs = {path.name for path in (shared / "runs").iterdir()}
+    assert {path.name for path in (own / "runs").iterdir()} == runs | {f"{name}-calib-seed-1" for name in runs}
+    results = {(out.name, path.stem): json.loads(path.read_text())["result"] for out in (shared, own) for path in (out / "cells").iterdir()}
+    for cell in (Cell(16, "lora-16", 3e-4, 1), Cell(2, "cloq", 3e-4, 0), Cell(2, "zero", 3e-4, 0)):
+        assert results["own", cell.name]["losses"] == results["shared", cell.name]["losses"]  # the draw that all have in common
+    for method in ("zero", "cloq"):
+        cell = Cell(2, method, 3e-4, 1)
+        assert results["own", cell.name]["before"] != results["shared", cell.name]["before"]
+    assert {row["method"]: len(row["after"]) for row in json.loads((own / "results.json").read_text())["rows"]} == {
+        "lora-16": 2, "zero": 2, "cloq": 2,
+    }  # fmt: skip
+    with pytest.raises(SystemExit, match="calib_seed"):
+        run(place, *words, out="own")
+
+
 def test_training_in_bfloat16_is_training_in_float32_but_for_rounding_and_another_cell(place):
     same = ["--methods", "cloq", "--seeds", "0"]
     found = {name: run(place, *same, "--precision", name, out=name) / "cells" / "2-cloq-lr0.0003-seed0.json" for name in ("fp32", "bf16")}
