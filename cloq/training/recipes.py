@@ -3,7 +3,7 @@
 The first two families are the protocols that the papers of this field share (learning rate, epochs, sequences per step, sequence
 length, weight decay, warm-up, schedule), with the lower learning rate at 2 bits; `instruct` is what is usual for instruction data. They
 are starting points from the literature but for dropout, which was chosen there for factors that start at zero, and for the learning rate of
-`wikitext2` at 2 bits, where thrice as much is 6 % better on one model and 22 % worse on another. Here the factors hold the compensation
+`wikitext2` at 2 bits, where thrice as much is better on one model and 9 % worse on another. Here the factors hold the compensation
 of the quantization error from the first step: a tenth of their inputs dropped doubles the perplexity at 2 bits (docs/training.md has the
 numbers; weight decay of this size does nothing).
 """
