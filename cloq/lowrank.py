@@ -37,11 +37,11 @@ FLOAT32_TOLERANCE = 3e-4
 PROBES = 8
 """Rows of `E G` that are computed in float64 as well, to see how far off float32's are."""
 
-_UNREACHED = 1e-9
-"""Of the largest `Σ h_k²`, below which a term's is rounding."""
-
 WIDENED = 1 << 16
 """Values that are widened to float64 at a time for those."""
+
+UNREACHED = 1e-9
+"""Of the largest `Σ h_k²`, below which a term's is rounding."""
 
 KRYLOV_TOLERANCE = 1e-4
 """The iteration stops when all blocks that could follow would lower the remaining error by less than this fraction of it."""
@@ -269,11 +269,12 @@ def share_steps(B: Tensor, A: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
     B: `(out, r)`. A: `(r, in)`. gram: `(in, in)`, of any scale. A term that the inputs do not reach is scaled like the one that they reach
     the least; without any inputs all stay as they are.
     """
-    reached = (_times_gram(_wide(A), gram) * _wide(A)).sum(1).clamp_min(0)  # Σ h_k²
+    rows = _wide(A)
+    reached = (_times_gram(rows, gram) * rows).sum(1).clamp_min(0)  # Σ h_k²
     sizes = _wide(B).square().sum(0)
     inputs = float(gram.diagonal().sum(dtype=torch.float64))
     ratios = B.shape[0] * reached / (inputs * sizes)
-    held = torch.isfinite(ratios) & (reached > _UNREACHED * reached.max())
+    held = torch.isfinite(ratios) & (reached > UNREACHED * reached.max())
     if not bool(held.any()):
         return B, A
     scales = torch.where(held, ratios, ratios[held].min()).pow(0.25)

@@ -140,10 +140,10 @@ class _Loop:
         decoder, clock = self.decoder, self.clock
         done = self.processes.on_first(self.store.finished)
         total = len(decoder.blocks)
-        last = max(i for i in range(total) if any(not self.layers[name].dense for name in decoder.linears(i)))  # its output nobody needs
         self.emit("start", {"blocks": total, "finished": done, "layers": sum(not layer.dense for layer in self.layers.values())})
         if done == total:
             return
+        last = max(i for i in range(total) if any(not self.layers[name].dense for name in decoder.linears(i)))  # its output nobody needs
         loop = self._informed(tokens)
         with clock("embed"):
             streams = self._entered(tokens)
