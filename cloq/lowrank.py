@@ -43,9 +43,6 @@ WIDENED = 1 << 16
 UNREACHED = 1e-9
 """Of the largest `Σ h_k²`, below which a term's is rounding."""
 
-UNHELD = 1e-6
-"""Of the largest `Σ h²`, below which a direction is none that the inputs have."""
-
 KRYLOV_TOLERANCE = 1e-4
 """The iteration stops when all blocks that could follow would lower the remaining error by less than this fraction of it."""
 
@@ -262,57 +259,37 @@ def balance(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     return (qb @ (u * root)).to(B.dtype), ((root[:, None] * vt) @ qa.T).to(A.dtype)
 
 
-def share_steps(B: Tensor, A: Tensor, gram: Tensor, fresh: int = 0) -> tuple[Tensor, Tensor]:
+def share_steps(B: Tensor, A: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
     """The same product, each of its r terms scaled so that training moves the layer's outputs as far through `B` as through `A`.
 
     An optimizer such as Adam moves every entry by about the learning rate η, whatever the entry's size. With `h = A x` and signs at
     random, moving `B`'s column k changes the outputs by `η² · out · ⟨h_k²⟩` in mean square, and moving `A`'s row k by
-    `η² · ⟨‖x‖²⟩ · ‖b_k‖²`. `b_k / c` and `a_k · c` with `c⁴ = ⟨‖x‖²⟩ ‖b_k‖² / (out · ⟨h_k²⟩)` make both alike, and their sum the least.
+    `η² · ⟨‖x‖²⟩ · ‖b_k‖²`. `b_k · c` and `a_k / c` with `c⁴ = out · ⟨h_k²⟩ / (⟨‖x‖²⟩ ‖b_k‖²)` make both alike, and their sum the least.
 
     B: `(out, r)`. A: `(r, in)`. gram: `(in, in)`, of any scale. A term that the inputs do not reach is scaled like the one that they reach
     the least; without any inputs all stay as they are.
-    fresh: the first so many terms are there to be trained, whatever they do yet. Where one would be moved less than a term of LoRA's usual
-        start, whose `B` is zero and whose `⟨h_k²⟩` is `⟨‖x‖²⟩ / (3 · in)`, its `a_k` is larger, so that it is moved as much.
     """
     rows = _wide(A)
     reached = (_times_gram(rows, gram) * rows).sum(1).clamp_min(0)  # Σ h_k²
     sizes = _wide(B).square().sum(0)
     inputs = float(gram.diagonal().sum(dtype=torch.float64))
-    held = torch.isfinite(reached) & (reached > UNREACHED * reached.max())
+    ratios = B.shape[0] * reached / (inputs * sizes)
+    held = torch.isfinite(ratios) & (reached > UNREACHED * reached.max())
     if not bool(held.any()):
         return B, A
-    least = inputs / (3 * A.shape[1]) * (torch.arange(len(A), device=A.device) < fresh)
-    alike = (inputs / B.shape[0] * reached * sizes).sqrt()  # Σ h_k² where both are alike
-    wanted = torch.where(2 * alike >= least, alike, (least + (least**2 - 4 * alike**2).clamp_min(0).sqrt()) / 2)
-    ratios = wanted / reached
-    scales = torch.where(held, ratios, ratios[held].max()).sqrt()
-    return (B / scales).to(B.dtype), (A * scales[:, None]).to(A.dtype)
-
-
-def principal_rows(gram: Tensor, count: int) -> Tensor:
-    """`(k, in)`, orthonormal: the `count` eigenvectors of `G (in, in)` with the largest eigenvalues, fewer where the inputs have no more
-    directions."""
-    rows = top_eigenvectors(gram, None, min(count, len(gram))).vectors.T
-    values = (_times_gram(rows, gram) * rows).sum(1)
-    return rows[values > UNHELD * values.max().clamp_min(0)].to(gram.dtype)
-
-
-def regress(error: Tensor, gram: Tensor, rows: Tensor) -> Tensor:
-    """`B (out, k)` that minimises `‖(E − B A) S‖²` for given rows `A (k, in)`: `E G Aᵀ (A G Aᵀ)⁺`."""
-    wide = _wide(rows)
-    weighted = _times_gram(wide, gram)
-    return (_wide(error) @ weighted.T @ torch.linalg.pinv(symmetric(weighted @ wide.T), hermitian=True)).to(error.dtype)
+    scales = torch.where(held, ratios, ratios[held].min()).pow(0.25)
+    return (B * scales).to(B.dtype), (A / scales[:, None]).to(A.dtype)
 
 
 def deflate(gram: Tensor, rows: Tensor, kept: float = 0.0) -> Tensor:
     """`G − (1 − kept) · G Aᵀ (A G Aᵀ)⁺ A G` for `G (in, in)`, `A (r, in)`: what is left of `G` once `B A` may take what it can.
 
     With `kept = 0`, `trace(E G' Eᵀ) = min over B of ‖(E − B A) S‖²`, the least-squares residual. Positive semi-definite for `kept` in
-    0 … 1. Directions of `A S` below `UNHELD` of the largest (squared) are left in.
+    0 … 1. Directions of `A S` below 1e-6 of the largest (squared) are left in.
     """
     rows = _wide(rows)
     weighted = _times_gram(rows, gram)
     values, vectors = torch.linalg.eigh(symmetric(weighted @ rows.T))
-    held = values > UNHELD * values[-1].clamp_min(0)
+    held = values > 1e-6 * values[-1].clamp_min(0)
     directions = ((vectors[:, held] / values[held].sqrt()).T @ weighted).to(gram.dtype)
     return symmetric(torch.addmm(gram, directions.T, directions, alpha=kept - 1.0))

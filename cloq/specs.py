@@ -32,7 +32,7 @@ QUANTIZER_SETTINGS = {
 }
 """Settings of `QuantSpec` that not every quantizer has → those that do."""
 
-INITIALIZER_SETTINGS = {"split": ("cloq",), "rounds": ("cloq",), "principal": ("cloq",), "iterations": ("loftq",)}
+INITIALIZER_SETTINGS = {"split": ("cloq",), "rounds": ("cloq",), "iterations": ("loftq",)}
 """Settings of `LoraSpec` that not every initializer has → those that do."""
 
 RUN_SETTINGS = {"fisher": ("cloq",), "adaptive_rank": ("cloq",)}
@@ -185,7 +185,6 @@ class LoraSpec(Spec):
     rank: int = 64
     split: str = "balanced"
     rounds: int = 4
-    principal: int = 0
     iterations: int = 5
 
     def __post_init__(self):
@@ -388,7 +387,7 @@ FLAT = {
     },
     **{name: ("", name) for name in ("only", "skip", "rules")},
     **{f.name: ("quant", f.name) for f in dataclasses.fields(QuantSpec)},
-    **{name: ("lora", name) for name in ("init", "rank", "split", "rounds", "principal")},
+    **{name: ("lora", name) for name in ("init", "rank", "split", "rounds")},
     "loftq_iterations": ("lora", "iterations"),
     "calib": ("calib", "source"),
     "calib_samples": ("calib", "samples"),

@@ -32,7 +32,6 @@ HELP = {
     "adaptive_rank": "CLoQ: the rank is a mean, spent where the loss depends on it; as many parameters in all.",
     "split": f"How the product is split into A and B: {', '.join(SPLIT_NAMES)}.",
     "rounds": "CLoQ: how often the codes are chosen again for what the factors will undo; 0 is the paper's method.",
-    "principal": "CLoQ: how many rows of A are principal components of the layer's inputs, for training; the rest undo the error.",
     "loftq_iterations": "Rounds of LoftQ's alternation.",
     "calib": "Calibration text: demo, self, c4, wikitext2, pile, a hub data set, a file or folder, or a mixture a:0.5,b:0.5.",
     "calib_samples": "Calibration sequences.",

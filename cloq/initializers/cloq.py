@@ -33,9 +33,7 @@ class ClosedForm(NamedTuple):
     spectrum: Tensor
 
 
-def closed_form(
-    error: Tensor, gram: Tensor, rank: int, split: str = "paper", outputs: Tensor | None = None, rows: Tensor | None = None
-) -> ClosedForm:  # fmt: skip
+def closed_form(error: Tensor, gram: Tensor, rank: int, split: str = "paper", outputs: Tensor | None = None) -> ClosedForm:
     """The rank-r `B A` that minimises `‖D^{1/2} (E − B A) S‖_F²`, `S Sᵀ = G`, `D` the diagonal of `outputs` or the identity.
 
     error: `(out, in)`, what the factors should undo, `W − Q`. gram: `(in, in)`, positive semi-definite, of any rank and scale.
@@ -44,8 +42,6 @@ def closed_form(
         and its row of A so that a step of training moves the outputs as far through either (`lowrank.share_steps`). Same product.
     outputs: `(out,)`, positive: what the squared error of each output counts. The problem is the plain one for `D^{1/2} E`, whose product
         is then divided by `D^{1/2}`. The result's `error`, `total` and `spectrum` are those of the weighted problem.
-    rows: `(k, in)`, k below the rank: the first k rows of `A`, up to their lengths, where they are given. Their columns of `B` are a
-        regression of the error on them, the other terms solve the problem for what it leaves, and `total` and `spectrum` are that one's.
 
     Raises `ValueError` for wrong shapes, rank or split, and for NaN or Inf. Within 0.1 % of the float64 optimum on any input.
     """
@@ -62,21 +58,17 @@ def closed_form(
         raise ValueError(f"closed_form needs a positive finite weight for each of {error.shape[0]} outputs, got {tuple(outputs.shape)}")
     rank = min(rank, *error.shape)
     error = error if error.dtype == torch.float64 else error.float()
-    columns = None if rows is None else lowrank.regress(error, gram, rows)
-    error = error if columns is None else error - columns @ rows.to(error)
     roots = _roots(outputs, error)
     weighted = error if roots is None else roots * error
-    given = 0 if rows is None else len(rows)
-    vectors, values, total, _ = lowrank.top_eigenvectors(weighted, gram, rank - given)
+    vectors, values, total, _ = lowrank.top_eigenvectors(weighted, gram, rank)
     B, A = vectors, vectors.to(error.dtype).T @ weighted
-    B = B if roots is None else B / roots
-    if roots is not None and split == "paper":
+    if roots is not None:
+        B = B / roots
+    if split == "balanced":
+        B, A = lowrank.share_steps(B, A, gram)
+    elif roots is not None:
         B, triangle = torch.linalg.qr(B)
         A = triangle.to(A.dtype) @ A
-    if columns is not None:
-        B, A = torch.cat([columns.to(B), B], dim=1), torch.cat([rows.to(A), A])
-    if split == "balanced":
-        B, A = lowrank.share_steps(B, A, gram, given)
     remaining = 0.0 if rank == min(error.shape) else max(total - float(values.sum()), 0.0)
     return ClosedForm(LoraFactors(A.float(), B.float()), remaining, total, values)
 
@@ -92,7 +84,6 @@ class Cloq:
 
     split: see `closed_form`.
     rounds: how often the codes are chosen again; 0 is the paper's method.
-    principal: how many rows of `A` are principal components of the layer's inputs.
 
     **A round.** Whatever the codes are, factors with these rows `A` can take away all of the error that lies in the directions of
     `A S`; the best `B` leaves `‖(W − Q) S‖²` without them, which is the norm with the Gram matrix `lowrank.deflate(G, A)`. So the
@@ -107,27 +98,22 @@ class Cloq:
 
     split: str = "paper"
     rounds: int = 0
-    principal: int = 0
 
     def initialize(self, weight: Tensor, stats: LayerStats, quantize: Quantize, rank: int) -> tuple[AnyQuantizedWeight, LoraFactors]:
         """Raises `ValueError` for a rank above `min(weight.shape)`."""
         lowrank.check_rank(rank, weight.shape)
         weight = weight.detach().float()
-        rows = None
-        if self.principal and rank < min(weight.shape):
-            rows = lowrank.principal_rows(stats.gram, min(self.principal, rank - 1))
         codes = quantize(weight, stats)
         if self.rounds and rank < min(weight.shape):  # at full rank there is no error left
-            codes = self._chosen_again(codes, weight, stats, quantize, rank, rows)
-        return codes, closed_form(weight - codes.dequantize(), stats.gram, rank, self.split, stats.outputs, rows).factors
+            codes = self._chosen_again(codes, weight, stats, quantize, rank)
+        return codes, closed_form(weight - codes.dequantize(), stats.gram, rank, self.split, stats.outputs).factors
 
     def _chosen_again(
-        self, first: AnyQuantizedWeight, weight: Tensor, stats: LayerStats, quantize: Quantize, rank: int, rows: Tensor | None
+        self, first: AnyQuantizedWeight, weight: Tensor, stats: LayerStats, quantize: Quantize, rank: int
     ) -> AnyQuantizedWeight:  # fmt: skip
         """The codes of the best round; the split has no part in them."""
         roots, best = _roots(stats.outputs, weight), first
-        fitted = closed_form(weight - first.dequantize(), stats.gram, rank, outputs=stats.outputs, rows=rows)
-        given = 0 if rows is None else len(rows)
+        fitted = closed_form(weight - first.dequantize(), stats.gram, rank, outputs=stats.outputs)
         B, A, least = fitted.factors.B, fitted.factors.A, fitted.error
         for _ in range(self.rounds):
             target = weight - B @ A
@@ -135,16 +121,12 @@ class Cloq:
             quantized = quantize(target, corrected)
             if isinstance(quantized, QuantizedWeight):
                 quantized = descend(quantized, target, corrected.gram)
-            left, B = weight - quantized.dequantize(), B[:, given:]
-            columns = None if rows is None else lowrank.regress(left, stats.gram, rows)
-            left = left if columns is None else left - columns @ rows
+            left = weight - quantized.dequantize()
             if roots is None:
                 B, A, error = lowrank.follow(left, stats.gram, B)
             else:
                 B, A, error = lowrank.follow(roots * left, stats.gram, roots * B)
                 B = B / roots
-            if columns is not None:
-                B, A = torch.cat([columns, B], dim=1), torch.cat([rows, A])
             if error < least:
                 best, least = quantized, error
         return best

@@ -117,54 +117,6 @@ def test_balanced_factors_move_the_outputs_alike_and_the_least(kind, outputs):
         assert float(sum(moved(A / scale, B * scale)).sum()) > 1.5 * float((through_a + through_b).sum())
 
 
-def beside(error, gram, rows, rank) -> float:
-    """`min ‖(E − B_k R − B A) S‖²` over `B_k` and a `B A` of the rank that is left, by an SVD of what no `B_k` reaches."""
-    values, vectors = torch.linalg.eigh(gram.double())
-    root = vectors * values.clamp_min(0).sqrt()
-    reached = torch.linalg.svd(rows.double() @ root, full_matrices=False).Vh
-    left = error.double() @ root
-    left = left - left @ reached.T @ reached
-    return float(torch.linalg.svdvals(left)[rank - len(rows) :].square().sum())
-
-
-@pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("shape", [*SHAPES.values(), *LARGE_SHAPES.values()])
-@pytest.mark.parametrize("kind", ("well conditioned", "power law", "outlier channel"))
-def test_terms_beside_given_rows_are_the_best_there_are(kind, shape, split):
-    p = problem(kind, shape)
-    error, rows = quantization_error(p), lowrank.principal_rows(p.gram, 4)
-    result = closed_form(error, p.gram, 10, split, rows=rows)
-    A, B = result.factors.A, result.factors.B
-    torch.testing.assert_close(torch.nn.functional.normalize(A[:4]), rows.to(A), rtol=0, atol=1e-5)
-    direct, slack = output_error(error.double() - B.double() @ A.double(), p.gram), rounding(error, p.gram)
-    assert direct <= 1.001 * beside(error, p.gram, rows, 10) + slack
-    assert result.error == pytest.approx(direct, rel=1e-3, abs=slack)
-    weighted = closed_form(error, p.gram, 10, split, torch.ones(shape[0]), rows)
-    torch.testing.assert_close(weighted.factors.delta(), result.factors.delta(), rtol=1e-3, atol=1e-4 * float(error.abs().max()))
-
-
-@pytest.mark.parametrize("shape", [SHAPES["wide"], LARGE_SHAPES["tall"]])
-def test_principal_rows_hold_the_most_of_the_inputs(shape):
-    gram = problem("power law", shape).gram
-    rows = lowrank.principal_rows(gram, 5)
-    torch.testing.assert_close(rows @ rows.T, torch.eye(5).to(rows), rtol=0, atol=1e-5)
-    held = float(((rows @ gram) * rows).sum())
-    assert held == pytest.approx(float(torch.linalg.eigvalsh(gram.double())[-5:].sum()), rel=1e-4)
-
-
-def test_inputs_of_few_directions_have_few_principal_rows():
-    x = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
-    assert lowrank.principal_rows(x.T @ x, 8).shape == (3, 40) and lowrank.principal_rows(torch.zeros(40, 40), 8).shape == (0, 40)
-
-
-def test_a_fresh_term_is_moved_as_much_as_lora_moves_it():
-    gram = torch.diag(torch.tensor([6.0, 3.0, 2.0, 1.0]))
-    b, a = lowrank.share_steps(torch.tensor([[1e-3, 2.0]] * 5), torch.eye(4)[:2], gram, fresh=1)
-    through_b, through_a = 5 * ((a @ gram) * a).sum(1), b.square().sum(0) * gram.trace()
-    assert float(through_b[0] + through_a[0]) == pytest.approx(5 * float(gram.trace()) / (3 * 4), rel=1e-4)  # B = 0, A = ±1/√in
-    assert through_b[0] > 100 * through_a[0] and float(through_b[1]) == pytest.approx(float(through_a[1]), rel=1e-4)
-
-
 def test_a_term_without_inputs_is_scaled_like_the_others():
     B, A, gram = torch.ones(5, 3), torch.ones(3, 4), torch.zeros(4, 4)
     assert lowrank.share_steps(B, A, gram) == (B, A)  # nothing is known of any
