@@ -92,7 +92,8 @@ def figure(rows: list[dict], args: argparse.Namespace, path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+    from cloq.report.drawing import plain_log
 
     drawn, axis = plt.subplots(figsize=(6.5, 4.5), layout="constrained")
     points = {
@@ -105,9 +106,7 @@ def figure(rows: list[dict], args: argparse.Namespace, path: Path) -> None:
         axis.annotate(variant or "defaults", at, xytext=(6, 5), textcoords="offset points", fontsize=8)
     axis.set(title=f"{Path(args.model).name}, {args.bits} bits", xlabel="processor seconds", ylabel="perplexity with adapter", xscale="log")
     axis.margins(x=0.2, y=0.1)
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.xaxis.set_major_formatter(ScalarFormatter())
-    axis.xaxis.set_minor_formatter(NullFormatter())
+    plain_log(axis.xaxis)
     drawn.savefig(path, dpi=150)
 
 
