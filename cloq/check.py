@@ -19,6 +19,7 @@ from cloq.errors import CloqError
 from cloq.export.gptq import GptqReader
 from cloq.export.peft import AdapterFolder
 from cloq.export.read import QuantizedFolder
+from cloq.linalg import all_finite
 from cloq.models import Decoder, load_config
 from cloq.models.checkpoint import INDEX, SINGLE
 from cloq.models.skeleton import build_skeleton
@@ -176,14 +177,14 @@ def _check_values(name: str, source: QuantizedFolder) -> Iterator[Finding]:
         yield _finding(f"{name}: config.json says symmetric, and every zero point is in the middle", skewed, what)
     for layer in _probes(names):
         weight = source.weight(layer)
-        if not bool(torch.isfinite(weight.dequantize()).all()):
+        if not all_finite(weight.dequantize()):
             yield Finding(False, f"{name}: {layer} does not decode to finite values; export it again")
     yield Finding(True, f"{name}: {len(_probes(names))} layers decode ({', '.join(_probes(names)[:_SHOWN])}, …)")
 
 
 def _finite(source: QuantizedFolder, layer: str) -> bool:
     tensors = source.small_tensors(layer)
-    return all(bool(torch.isfinite(t).all()) for t in tensors.values() if t.is_floating_point())
+    return all(all_finite(t) for t in tensors.values() if t.is_floating_point())
 
 
 def _symmetric(source: QuantizedFolder, layer: str) -> bool:
@@ -278,7 +279,7 @@ def _changed_product(adapter: AdapterFolder, names: Iterable[str]) -> Iterator[s
         factors, (rank, alpha) = adapter.read(name), adapter.rank_and_alpha(name)
         if alpha != rank:
             yield f"{name} is multiplied by alpha / r = {alpha} / {rank}"
-        elif not bool(torch.isfinite(factors.A).all() and torch.isfinite(factors.B).all()):
+        elif not (all_finite(factors.A) and all_finite(factors.B)):
             yield f"{name} holds NaN or Inf"
 
 

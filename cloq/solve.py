@@ -49,7 +49,7 @@ def solve_layer(
     seconds = time.perf_counter() - started
     residual = weight - quantized.dequantize()
     corrected = residual - factors.delta()
-    if not bool(torch.isfinite(corrected).all()):
+    if not linalg.all_finite(corrected):
         raise ModelError(f"a layer of shape {tuple(weight.shape)} came out of quantization with NaN or Inf")
     before, after, total = _errors(weight, residual, corrected, stats.gram)
     heldout = _errors(weight, residual, corrected, unseen.gram) if unseen else (None, None)

@@ -88,8 +88,8 @@ class QuantizedWeight:
 
     def dequantize(self) -> Tensor:
         """What the packed file decodes to, `(out, in)` float32. Exact: an integer below 2^9 times an 11-bit significand fits in 24 bits."""
-        columns = self.group_index
-        return (self.codes.float() - self.zero.float()[:, columns]) * self.scale[:, columns]
+        zero, scale = (per_group.float().index_select(1, self.group_index) for per_group in (self.zero, self.scale))
+        return self.codes.float().sub_(zero).mul_(scale)
 
     def storage_bits(self) -> int:
         """Size in bits of codes, scales (16 bits) and zero points as they are stored."""

@@ -12,6 +12,7 @@ from cloq.calibration.gram import GramSums, full_precision
 from cloq.calibration.hooks import Enough, hooked, inputs_of, once, watching
 from cloq.drift import Drift
 from cloq.errors import ModelError
+from cloq.linalg import all_finite
 from cloq.linears import linear_shape
 from cloq.types import LayerStats
 
@@ -117,7 +118,7 @@ def paired_statistics(
             _add(drifts[name].sums, true.sums[name] - seen.sums[name], seen.rows[first_of[name]])
     statistics = sums.statistics()
     for name, drift in drifts.items():
-        if not bool(torch.isfinite(drift.total).all()):
+        if not all_finite(drift.total):
             raise ModelError(
                 f"the activations around {name} hold NaN, Inf or values beyond float32 on the calibration text; the model itself overflows"
             )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cloq.errors import ExportError
 from cloq.export.format import Contents, ExpertsStored
+from cloq.linalg import all_finite
 from cloq.types import AnyQuantizedWeight
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -42,6 +43,6 @@ class Dense:
 def narrowed(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """The tensor in another precision. Raises `ExportError` if a value does not fit its range."""
     result = value.to(dtype)
-    if not bool(torch.isfinite(result).all()):
+    if not all_finite(result):
         raise ExportError(f"{name} reaches {float(value.abs().max()):.3g}, which {dtype} cannot hold; use bfloat16 or float32")
     return result

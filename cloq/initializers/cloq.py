@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cloq import lowrank
+from cloq.linalg import all_finite
 from cloq.quantizers.descent import descend
 from cloq.types import AnyQuantizedWeight, LayerStats, LoraFactors, Quantize, QuantizedWeight
 
@@ -52,7 +53,7 @@ def closed_form(error: Tensor, gram: Tensor, rank: int, split: str = "paper", ou
         raise ValueError(f"the rank must be at least 1, got {rank}")
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: one of {', '.join(SPLITS)}")
-    if not (bool(torch.isfinite(error).all()) and bool(torch.isfinite(gram).all())):
+    if not (all_finite(error) and all_finite(gram)):
         raise ValueError("closed_form was given NaN or Inf")
     if outputs is not None and (outputs.shape != error.shape[:1] or not bool(((outputs > 0) & torch.isfinite(outputs)).all())):
         raise ValueError(f"closed_form needs a positive finite weight for each of {error.shape[0]} outputs, got {tuple(outputs.shape)}")

@@ -16,7 +16,7 @@ from cloq.quantizers.columns import descend_columns
 from cloq.types import QuantizedWeight
 
 BLOCK = 128
-"""Columns whose gradients are brought up to date in one product with all changes before them."""
+"""Columns whose gradients are formed in one product, from all changes before them."""
 
 
 def descend(quantized: QuantizedWeight, target: Tensor, gram: Tensor, sweeps: int = 1) -> QuantizedWeight:
@@ -25,17 +25,15 @@ def descend(quantized: QuantizedWeight, target: Tensor, gram: Tensor, sweeps: in
     Inputs whose diagonal is zero, or too small to divide by, keep their codes: nothing depends on them.
     """
     index = quantized.group_index.tolist()
-    grids = [grid.grid(*fits, quantized.bits) for fits in zip(quantized.scale.T, quantized.zero.T, strict=True)]
+    codes, scales, zeros = (tensor.T.contiguous().float() for tensor in (quantized.codes, quantized.scale, quantized.zero))
+    grids = [grid.grid(*fits, quantized.bits) for fits in zip(scales, zeros, strict=True)]
     gram = gram.float()
-    values = quantized.dequantize().T.contiguous()  # one column of the weight per row, as in GPTQ
-    zero = quantized.zero.float()[:, quantized.group_index].T
-    steps = (quantized.codes.T - zero).contiguous()
-    gradient = gram @ (target.float().T - values)
-    for sweep in range(sweeps):
+    zero = zeros.index_select(0, quantized.group_index)
+    steps = codes.sub_(zero)  # one column of the weight per row, as in GPTQ
+    values = steps * scales.index_select(0, quantized.group_index)
+    left = target.float().T.contiguous().sub_(values)
+    for _ in range(sweeps):
         for start in range(0, len(values), BLOCK):
             here = slice(start, min(start + BLOCK, len(values)))
-            own = [grids[g] for g in index[here]]
-            moved = descend_columns(values[here], steps[here], gradient[here].clone(), gram[here, here], own)
-            rest = slice(here.stop if sweep == sweeps - 1 else 0, None)  # nobody asks for the gradient of what is done
-            gradient[rest].addmm_(gram[rest, here], moved, alpha=-1)
-    return dataclasses.replace(quantized, codes=(steps + zero).T.byte().contiguous())
+            left[here] -= descend_columns(values[here], steps[here], gram[here] @ left, gram[here, here], [grids[g] for g in index[here]])
+    return dataclasses.replace(quantized, codes=steps.add_(zero).T.byte().contiguous())
