@@ -52,8 +52,8 @@ def symmetric(matrix: Tensor) -> Tensor:
 
 
 def all_finite(matrix: Tensor) -> bool:
-    """Whether there is no NaN and no Inf in it. By its extremes, which NaN passes
-    through: forty times faster than asking every element, and no tensor of its size."""
+    """Whether there is no NaN and no Inf in it. By its extremes, which NaN passes through: forty times faster than asking every element,
+    and no tensor of its size."""
     return matrix.numel() == 0 or bool(torch.stack(torch.aminmax(matrix)).isfinite().all())
 
 

@@ -6,6 +6,7 @@ Nothing here imports torch, so the command line can validate before it loads any
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import fnmatch
 import math
 import reprlib
@@ -404,7 +405,7 @@ def run_spec(base: RunSpec | None = None, effort: str | None = None, **settings:
     bits: a fraction, such as 2.5, is the mean width; a whole number is every layer's, whatever mean `base` has.
     """
     unknown = sorted(set(settings) - set(FLAT))
-    require(not unknown, f"unknown setting {', '.join(map(repr, unknown))}; known: effort, {', '.join(FLAT)}")
+    require(not unknown, f"unknown setting {', '.join(map(_with_near, unknown))}; known: effort, {', '.join(FLAT)}")
     values = (base or RunSpec()).to_dict()
     if effort is not None:
         one_of("effort", effort, tuple(EFFORTS))
@@ -421,3 +422,9 @@ def run_spec(base: RunSpec | None = None, effort: str | None = None, **settings:
             value = (value,)
         (values[section] if section else values)[key] = _plain(value)
     return RunSpec.from_dict(values)
+
+
+def _with_near(name: str) -> str:
+    """An unknown setting, with the known one that was probably meant."""
+    near = difflib.get_close_matches(name, ["effort", *FLAT], 1)
+    return f"{name!r} (meant: {near[0]}?)" if near else repr(name)

@@ -66,3 +66,15 @@ def test_the_largest_eigenvalue_of_easy_matrices():
     assert linalg.largest_eigenvalue(torch.zeros(7, 7)) == 0
     assert linalg.largest_eigenvalue(torch.eye(7)) == pytest.approx(1)
     assert linalg.largest_eigenvalue(torch.tensor([[4.0]])) == pytest.approx(4)
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32, torch.float64))
+@pytest.mark.parametrize("value", (float("nan"), float("inf"), float("-inf")))
+def test_one_value_that_is_not_finite_is_found_wherever_it_is(value, dtype):
+    matrix = torch.full((5, 7), -torch.finfo(dtype).max, dtype=dtype)
+    assert linalg.all_finite(matrix) and linalg.all_finite(matrix[:0])
+    for position in (0, 17, 34):
+        broken = matrix.clone()
+        broken.view(-1)[position] = value
+        assert not linalg.all_finite(broken)
+        assert not linalg.all_finite(broken.T)

@@ -125,7 +125,7 @@ def test_unknown_keys_are_found_at_any_depth():
         RunSpec.from_dict({"quant": {"bitz": 2}})
     with pytest.raises(SpecError, match="unknown setting 'dens' in Rule"):
         RunSpec.from_dict({"rules": [{"match": "a", "dens": True}]})
-    with pytest.raises(SpecError, match=r"unknown setting 'bit', 'ranks'; known: .*bits.*rank"):
+    with pytest.raises(SpecError, match=r"unknown setting 'bit' \(meant: bits\?\), 'ranks' \(meant: rank\?\); known: .*bits.*rank"):
         run_spec(ranks=4, bit=2)
 
 
