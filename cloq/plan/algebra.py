@@ -84,10 +84,10 @@ def deflation(columns: int, rank: int) -> Work:
 
 
 def descent(shape: Shape) -> Work:
-    """A sweep of `quantizers.descend`: the gradient, and what each block's changes do to it."""
+    """A sweep of `quantizers.descend`: every block's gradient when the sweep gets there."""
     out, columns = shape
     return Work(
-        products=3.0 * out * columns**2,
+        products=2.0 * out * columns**2,
         cached=16.0 * out * columns * INNER / 2 + 40.0 * out * columns,
         calls=float(_CALLS_PER_COLUMN) * columns,
     )
