@@ -66,7 +66,7 @@ def _recoded_layout(layout):
 
 def recode(weight: QuantizedWeight) -> QuantizedWeight:
     """The same values on a symmetric 4-bit grid. Raises `ExportError` if a code falls outside of 0…15."""
-    codes = weight.codes.short() - weight.zero.short()[:, weight.group_index] + _ZERO
+    codes = weight.codes.short() - weight.zero.short().index_select(1, weight.group_index) + _ZERO
     if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) <= 15:
         low, high = int(codes.min()) - _ZERO, int(codes.max()) - _ZERO
         raise ExportError(

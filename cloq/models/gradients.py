@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cloq.calibration import hooked
 from cloq.errors import ModelError
+from cloq.linalg import all_finite
 from cloq.linears import linear_shape
 from cloq.models.decoder import Batch, Decoder
 
@@ -109,7 +110,7 @@ def _back(
 
     def add(name: str, g: Tensor) -> None:
         total = g.detach().flatten(0, -2).float().square().sum(0)
-        if not bool(torch.isfinite(total).all()):
+        if not all_finite(total):
             raise ModelError(f"the loss's gradient at {name} is not finite on the calibration text; use --fisher 0")
         found[name] += total
 

@@ -31,7 +31,7 @@ def descend(quantized: QuantizedWeight, target: Tensor, gram: Tensor, sweeps: in
     zero = zeros.index_select(0, quantized.group_index)
     steps = codes.sub_(zero)  # one column of the weight per row, as in GPTQ
     values = steps * scales.index_select(0, quantized.group_index)
-    left = target.float().T.contiguous().sub_(values)
+    left = (target.float().T - values).contiguous()  # never the target itself, which is the caller's
     for _ in range(sweeps):
         for start in range(0, len(values), BLOCK):
             here = slice(start, min(start + BLOCK, len(values)))

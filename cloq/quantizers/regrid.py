@@ -21,6 +21,6 @@ def onto_grid_of(weight: AnyQuantizedWeight, values: Tensor) -> AnyQuantizedWeig
         scaled = torch.where(scale > 0, values.flatten() / scale, 0.0)
         codes = torch.bucketize(scaled, (weight.codebook[1:] + weight.codebook[:-1]) / 2).reshape(values.shape)
     else:
-        columns = weight.group_index
-        codes = grid.encode(values, weight.scale[:, columns], weight.zero.float()[:, columns], weight.bits)
+        scale, zero = (per_group.float().index_select(1, weight.group_index) for per_group in (weight.scale, weight.zero))
+        codes = grid.encode(values, scale, zero, weight.bits)
     return dataclasses.replace(weight, codes=codes.byte())

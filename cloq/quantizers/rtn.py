@@ -31,5 +31,5 @@ class Rtn:
         groups = weight.split(self.group_size or columns, dim=1)
         fits = [grid.fit(group, self.bits, self.symmetric, self.search) for group in groups]
         scale, zero = (torch.stack(parts, dim=1) for parts in zip(*fits, strict=True))
-        codes = grid.encode(weight, scale[:, index], zero[:, index], self.bits).byte()
+        codes = grid.encode(weight, scale.index_select(1, index), zero.index_select(1, index), self.bits).byte()
         return QuantizedWeight(codes, scale, zero, index, self.bits, self.group_size, self.symmetric)

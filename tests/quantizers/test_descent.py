@@ -67,3 +67,14 @@ def test_codes_of_inputs_that_nothing_depends_on_stay():
     dead = p.gram.diagonal() <= 0
     start = Rtn(2, 32).quantize(p.weight, p.stats)
     assert int(dead.sum()) > 5 and torch.equal(descend(start, p.weight, p.gram).codes[:, dead], start.codes[:, dead])
+
+
+@pytest.mark.parametrize("shape", ((1, 40), (6, 1), (6, 40)))
+def test_what_it_is_given_stays_as_it_is(shape):
+    p = problem("power law", shape)
+    start = Rtn(2, 16).quantize(p.weight, p.stats)
+    target = p.weight.T.contiguous().T  # so that its transpose is contiguous
+    given = [target, p.gram, start.codes, start.scale, start.zero]
+    before = [tensor.clone() for tensor in given]
+    descend(start, target, p.gram)
+    assert all(torch.equal(tensor, copy) for tensor, copy in zip(given, before, strict=True))
