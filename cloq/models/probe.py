@@ -15,31 +15,25 @@ class is really run, which also tells what its forward returns: hidden states al
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cloq.errors import CloqError, ModelError
-
-if TYPE_CHECKING:
-    from cloq.models.decoder import Decoder
+from cloq.models.streamed import Returned, StreamedModel
 
 _TOKENS = 8
 
 
 @torch.no_grad()
-def returned_values(decoder: Decoder) -> dict[type, int | None]:
-    """For every class of block: `None` if its forward returns hidden states alone, else the length of the tuple that it returns.
-
-    Raises `ModelError` if one of the five conditions does not hold, with the condition.
-
-    """
-    name = type(decoder.model).__name__
-    tokens = torch.arange(_TOKENS, device=decoder.device)[None]
+def returned_values(streamed: StreamedModel) -> Returned:
+    """What the model's blocks return. Raises `ModelError` if one of the five conditions does not hold, with the condition."""
+    name = type(streamed.model).__name__
+    tokens = torch.arange(_TOKENS, device=streamed.device)[None]
     try:
-        with decoder.outer(head=False):
-            return _run_twice(decoder, tokens)
+        with streamed.outer(head=False):
+            return _run_twice(streamed, tokens)
     except CloqError:
         raise
     except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError, AssertionError) as error:
@@ -47,9 +41,9 @@ def returned_values(decoder: Decoder) -> dict[type, int | None]:
         raise ModelError(f"{name} cannot be run block by block ({type(error).__name__}: {first}); cloq cannot stream it") from error
 
 
-def _run_twice(decoder: Decoder, tokens: Tensor) -> dict[type, int | None]:
-    name = type(decoder.model).__name__
-    returned: dict[type, int | None] = {}
+def _run_twice(streamed: StreamedModel, tokens: Tensor) -> Returned:
+    name = type(streamed.model).__name__
+    returned: Returned = {}
     calls: list[tuple] = []
     previous: list[Tensor] = []
 
@@ -63,9 +57,9 @@ def _run_twice(decoder: Decoder, tokens: Tensor) -> dict[type, int | None]:
         if index and not torch.equal(hidden, previous[0]):
             raise ModelError(f"{name} changes hidden states between block {index - 1} and {index}; cloq cannot stream it")
         calls.append((args, kwargs))
-        kind = type(decoder.blocks[index])
+        kind = type(streamed.blocks[index])
         if kind not in returned:
-            hidden, returned[kind] = _really(decoder, index, hidden, args, kwargs)
+            hidden, returned[kind] = _really(streamed, index, hidden, args, kwargs)
         previous[:] = [hidden]
         return hidden
 
@@ -74,19 +68,19 @@ def _run_twice(decoder: Decoder, tokens: Tensor) -> dict[type, int | None]:
             raise ModelError(f"{name} calls block {index} with what earlier blocks computed; cloq cannot stream it")
         return hidden.flip(-1) + 1
 
-    decoder.go_through(first, tokens, returned)
-    if len(calls) != len(decoder.blocks):
-        raise ModelError(f"{name} ran {len(calls)} of {len(decoder.blocks)} blocks in one forward; cloq cannot stream it")
-    decoder.go_through(second, tokens, returned)
+    streamed.go_through(first, tokens, returned)
+    if len(calls) != len(streamed.blocks):
+        raise ModelError(f"{name} ran {len(calls)} of {len(streamed.blocks)} blocks in one forward; cloq cannot stream it")
+    streamed.go_through(second, tokens, returned)
     return returned
 
 
-def _really(decoder: Decoder, index: int, hidden: Tensor, args: tuple, kwargs: dict) -> tuple[Tensor, int | None]:
+def _really(streamed: StreamedModel, index: int, hidden: Tensor, args: tuple, kwargs: dict) -> tuple[Tensor, int | None]:
     """The block's own output and the number of values it returns; refuses a block that looks ahead."""
-    block = decoder.blocks[index]
+    block = streamed.blocks[index]
     was_empty = any(p.device.type == "meta" for p in block.parameters())
     if was_empty:
-        decoder.load_block(index)
+        streamed.load_block(index)
     forward = type(block).forward
     before, changed = hidden.clone(), hidden.clone()
     changed[:, -1] = changed[:, -1].flip(-1) + 1
@@ -95,13 +89,13 @@ def _really(decoder: Decoder, index: int, hidden: Tensor, args: tuple, kwargs: d
         raise ModelError(f"{type(block).__name__} overwrites the hidden states that it is given; cloq cannot stream it")
     other = forward(block, changed, *args, **kwargs)
     if was_empty:
-        decoder.drop_block(index)
+        streamed.drop_block(index)
     length = len(output) if isinstance(output, (tuple, list)) else None
     plain, other = (output, other) if length is None else (output[0], other[0])
     tolerance = (1e-5 if plain.dtype == torch.float32 else 1e-2) * float(plain.abs().max())
     if float((plain - other)[:, :-1].abs().max()) > tolerance:
         raise ModelError(
-            f"{type(decoder.model).__name__} is not a causal decoder as config.json has it: a token's output depends on later "
+            f"{type(streamed.model).__name__} is not a causal decoder as config.json has it: a token's output depends on later "
             "tokens. cloq takes decoder-only causal language models"
         )
     return plain, length
