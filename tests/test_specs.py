@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import pytest
 import yaml
@@ -117,13 +118,13 @@ def test_unknown_keys_are_refused_by_name(kind, key):
         return
     with pytest.raises(SpecError) as refusal:
         kind.from_dict({key: 1})
-    assert f"unknown setting {key!r} in {kind.__name__}; known: " in str(refusal.value)
+    assert re.search(rf"unknown setting {re.escape(repr(key))}( \(meant: \w+\?\))? in {kind.__name__}; known: ", str(refusal.value))
 
 
 def test_unknown_keys_are_found_at_any_depth():
-    with pytest.raises(SpecError, match="unknown setting 'bitz' in QuantSpec; known: bits, group_size, "):
+    with pytest.raises(SpecError, match=r"unknown setting 'bitz' \(meant: bits\?\) in QuantSpec; known: bits, group_size, "):
         RunSpec.from_dict({"quant": {"bitz": 2}})
-    with pytest.raises(SpecError, match="unknown setting 'dens' in Rule"):
+    with pytest.raises(SpecError, match=r"unknown setting 'dens' \(meant: dense\?\) in Rule"):
         RunSpec.from_dict({"rules": [{"match": "a", "dens": True}]})
     with pytest.raises(SpecError, match=r"unknown setting 'bit' \(meant: bits\?\), 'ranks' \(meant: rank\?\); known: .*bits.*rank"):
         run_spec(ranks=4, bit=2)
@@ -313,6 +314,9 @@ def test_a_message_shows_no_more_of_a_value_than_a_person_reads():
         LoraSpec(init="x" * 10_000)
     with pytest.raises(SpecError, match=r"unknown setting 'a', 1, None"):
         RunSpec.from_dict({1: 2, "a": 3, None: 4})
+    with pytest.raises(SpecError, match=r"'b109' and 101 more in RunSpec") as many:
+        RunSpec.from_dict({f"b{i}": i for i in range(100, 210)} | {"y" * 10**6: 1})
+    assert len(str(many.value)) < 1000
     assert len(str(caught.value)) < 500
 
 

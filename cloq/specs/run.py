@@ -1,22 +1,14 @@
-"""What the user asked for: frozen values, validated on construction, with an exact round trip through JSON and YAML.
-
-Nothing here imports torch, so the command line can validate before it loads anything heavy. Unknown keys are refused by name.
-"""
+"""One run and its parts: what is quantized, how, and on which text."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import fnmatch
 import math
-import reprlib
-import types
-import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from cloq.errors import SpecError
+from cloq.specs.checked import Spec, one_of, require, shown
 
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (32, 64, 128, None)
@@ -25,7 +17,6 @@ INITIALIZER_NAMES = ("cloq", "zero", "svd", "loftq", "qera", "eora", "pissa")
 SPLIT_NAMES = ("paper", "balanced")
 PROPAGATE = ("adapter", "quantized", "dense")
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-
 
 QUANTIZER_SETTINGS = {
     **{name: ("gptq",) for name in ("damping", "act_order", "static_groups")},
@@ -39,40 +30,6 @@ INITIALIZER_SETTINGS = {"split": ("cloq",), "rounds": ("cloq",), "iterations": (
 RUN_SETTINGS = {"fisher": ("cloq",), "adaptive_rank": ("cloq",)}
 """Settings of `RunSpec` that are for some initializers only → those."""
 
-EFFORTS: dict[str, dict[str, Any]] = {
-    "published": {"split": "paper", "rounds": 0, "correction": 0.0, "fisher": 0.0, "adaptive_rank": False},
-    "fast": {"rounds": 1, "correction": 0.0, "fisher": 0.0, "adaptive_rank": False},
-    "default": {},
-    "best": {"rounds": 16, "fisher": 0.9, "adaptive_rank": True},
-}
-"""What a run may cost → flat settings in place of the defaults; `published` is CLoQ as its authors have it. docs/results.md has what each
-of them buys."""
-
-
-def require(condition: bool, message: str) -> None:
-    """Raises `SpecError` with the message unless the condition holds."""
-    if not condition:
-        raise SpecError(message)
-
-
-def shown(value: Any) -> str:
-    """A value for a message: its `repr`, cut where it is long. Few lines of YAML can hold a value whose whole `repr` fills the memory."""
-    return _SHORT.repr(value)
-
-
-class _Short(reprlib.Repr):
-    def repr_int(self, x: int, level: int) -> str:
-        return repr(x) if x.bit_length() <= 128 else f"a number of {x.bit_length()} bits"  # Python refuses to write more than 4300 digits
-
-
-_SHORT = _Short()
-_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 120, 120
-
-
-def one_of(name: str, value: Any, allowed: tuple) -> None:
-    """Raises `SpecError` for a value that is not among the allowed ones."""
-    require(value in allowed, f"{name} is {shown(value)}; allowed: {', '.join('channel' if a is None else str(a) for a in allowed)}")
-
 
 def _refuse_ignored(spec: Any, kind: str, settings: dict[str, tuple[str, ...]]) -> None:
     """Refuses a setting that the chosen algorithm would ignore, where it is not the default. kind: the field that names the algorithm."""
@@ -84,55 +41,6 @@ def _refuse_ignored(spec: Any, kind: str, settings: dict[str, tuple[str, ...]]) 
             chosen in owners or value == defaults[name],
             f"{name} is {value}, which {kind} {chosen!r} does not have; leave it at {defaults[name]}, or use {kind} {' or '.join(owners)}",
         )
-
-
-class Spec:
-    """Round trip and refusal of unknown keys, for the frozen dataclasses below."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `from_dict` of it gives an equal spec."""
-        return _plain(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]):
-        """Raises `SpecError` for an unknown key or a value of the wrong kind."""
-        require(isinstance(values, Mapping), f"{cls.__name__} needs a mapping, got {type(values).__name__}")
-        hints = typing.get_type_hints(cls)
-        unknown = sorted(map(shown, set(values) - set(hints)))
-        require(not unknown, f"unknown setting {', '.join(unknown)} in {cls.__name__}; known: {', '.join(hints)}")
-        return cls(**{key: _parse(hints[key], value, f"{cls.__name__}.{key}") for key, value in values.items()})
-
-    def replace(self, **changes):
-        """A copy with other values, validated again."""
-        return dataclasses.replace(self, **changes)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Spec):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
-
-
-def union_members(hint: Any) -> tuple[Any, ...]:
-    """Of a type hint: what a union is made of, or the type itself."""
-    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-
-
-def _parse(hint: Any, value: Any, where: str) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if isinstance(hint, type) and issubclass(hint, Spec):
-        return value if isinstance(value, hint) else hint.from_dict(value)
-    if origin is tuple:
-        require(isinstance(value, (list, tuple)), f"{where} needs a list, got {shown(value)}")
-        return tuple(_parse(arguments[0], item, where) for item in value)
-    allowed = union_members(hint)
-    require(not isinstance(value, int) or value.bit_length() <= 64, f"{where} is {shown(value)}; it has to fit into 64 bits")
-    if float in allowed and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value) if int not in allowed else value
-    fits = any(value is None if a is type(None) else type(value) is a for a in allowed)
-    names = " or ".join("null" if a is type(None) else a.__name__ for a in allowed)
-    require(fits, f"{where} needs {names}, got {shown(value)}")
-    return value
 
 
 @dataclass(frozen=True)
@@ -376,55 +284,3 @@ def ruled(run: RunSpec, name: str, setting: str) -> bool:
 def mixes(run: RunSpec, name: str) -> bool:
     """Whether a module's width is chosen within the run's mean."""
     return run.mean_bits is not None and not ruled(run, name, "bits")
-
-
-FLAT = {
-    **{
-        name: ("", name)
-        for name in (
-            *("model", "revision", "quantized", "propagate", "sequential", "correction", "fisher", "mean_bits", "adaptive_rank"),
-            *("device", "batch_tokens", "trust_remote_code"),
-        )
-    },
-    **{name: ("", name) for name in ("only", "skip", "rules")},
-    **{f.name: ("quant", f.name) for f in dataclasses.fields(QuantSpec)},
-    **{name: ("lora", name) for name in ("init", "rank", "split", "rounds")},
-    "loftq_iterations": ("lora", "iterations"),
-    "calib": ("calib", "source"),
-    "calib_samples": ("calib", "samples"),
-    "calib_column": ("calib", "column"),
-    **{name: ("calib", name) for name in ("seq_len", "heldout", "seed")},
-}
-"""Settings by the flat names of the Python API and the command line → (section of the spec, field)."""
-
-
-def run_spec(base: RunSpec | None = None, effort: str | None = None, **settings: Any) -> RunSpec:
-    """A `RunSpec` from flat settings (`bits=2, calib="c4"`), on top of `base` or of the defaults. Unknown names raise `SpecError`.
-
-    effort: one of `EFFORTS`, whose settings lie between the two: those that the initializer has and `settings` does not name.
-    bits: a fraction, such as 2.5, is the mean width; a whole number is every layer's, whatever mean `base` has.
-    """
-    unknown = sorted(set(settings) - set(FLAT))
-    require(not unknown, f"unknown setting {', '.join(map(_with_near, unknown))}; known: effort, {', '.join(FLAT)}")
-    values = (base or RunSpec()).to_dict()
-    if effort is not None:
-        one_of("effort", effort, tuple(EFFORTS))
-        init = settings.get("init", values["lora"]["init"])
-        settings = {k: v for k, v in EFFORTS[effort].items() if init in (INITIALIZER_SETTINGS | RUN_SETTINGS).get(k, (init,))} | settings
-    bits = settings.get("bits")
-    if isinstance(bits, float):
-        settings = {k: v for k, v in settings.items() if k != "bits"} | ({"bits": int(bits)} if bits.is_integer() else {"mean_bits": bits})
-    if "bits" in settings:
-        settings = {"mean_bits": None} | settings
-    for name, value in settings.items():
-        section, key = FLAT[name]
-        if key in ("only", "skip") and isinstance(value, str):
-            value = (value,)
-        (values[section] if section else values)[key] = _plain(value)
-    return RunSpec.from_dict(values)
-
-
-def _with_near(name: str) -> str:
-    """An unknown setting, with the known one that was probably meant."""
-    near = difflib.get_close_matches(name, ["effort", *FLAT], 1)
-    return f"{name!r} (meant: {near[0]}?)" if near else repr(name)
