@@ -85,4 +85,4 @@ def _spectrum(factors: LoraFactors, gram: Tensor, total: float) -> tuple[float, 
     core = torch.linalg.qr(factors.B).R @ factors.A
     values = torch.linalg.eigvalsh((core @ gram @ core.T).double()).flip(0).clamp_min(0)
     at = sorted({math.floor(i * (len(values) - 1) / (SPECTRUM_POINTS - 1)) for i in range(SPECTRUM_POINTS)})
-    return tuple(float(v) / total for v in values[at])
+    return tuple(value / total for value in values[at].tolist())

@@ -1,4 +1,5 @@
-"""The loops over the columns of a block as one launch each, all rows at once; what they compute is said in `cloq.quantizers.columns`.
+"""The loops over the columns of a block, and over the ranges that a group may have, as one launch each, all rows at once; what they
+compute is said in `cloq.quantizers.columns`.
 
 A program has a few rows of the layer and all columns of the block: it holds what is still to change in registers, takes one column after
 the other, and subtracts what that column does from the rest. Columns are whole rows of the transposed tensors: every access is contiguous.
@@ -20,6 +21,7 @@ ROWS = 32
 WARPS = 4
 
 _WHOLE = tl.constexpr(12582912.0)  # 1.5 · 2^23: float32 around it has steps of 1
+_SMALLEST, _LARGEST = tl.constexpr(2.0**-24), tl.constexpr(65504.0)  # float16 above 0
 
 
 @triton.jit
@@ -77,6 +79,42 @@ def _descend(
         slopes -= share[:, None] * move[None, :]
 
 
+@triton.jit
+def _fit(
+    values, importance, shrinks, scales, zeros, levels, tries, columns, rows,
+    SYMMETRIC: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    here = row < rows
+    tile = tl.load(values + column[:, None] * rows + row[None, :], mask=(column[:, None] < columns) & here[None, :], other=0.0)
+    weights = tl.load(importance + column, mask=column < columns, other=0.0)
+    low, high = tl.minimum(tl.min(tile, axis=0), 0.0), tl.maximum(tl.max(tile, axis=0), 0.0)
+    half = (levels + 1) * 0.5
+    if SYMMETRIC:
+        as_is = tl.maximum(tl.div_rn(-low, half), tl.div_rn(high, half - 1))
+        swapped = tl.maximum(tl.div_rn(high, half), tl.div_rn(-low, half - 1))
+        widest = tl.where(as_is <= swapped, as_is, -swapped)
+    else:
+        widest = tl.div_rn(high - low, levels)
+    widest = tl.where((widest == 0.0) & (high > low), _SMALLEST, widest)
+    least = tl.full([ROWS], float("inf"), tl.float32)
+    best_scale, best_zero = tl.full([ROWS], 1.0, tl.float32), tl.full([ROWS], 0.0, tl.float32)
+    for i in range(tries):
+        shrink = tl.load(shrinks + i)
+        asked = widest * shrink
+        stored = tl.minimum(tl.maximum(tl.abs(asked), _SMALLEST), _LARGEST).to(tl.float16).to(tl.float32)
+        scale = tl.where(asked == 0.0, 1.0, tl.where(asked < 0.0, -stored, stored))
+        zero = half + tl.zeros([ROWS], tl.float32) if SYMMETRIC else _nearest(-low * shrink, scale, 0.0, levels)
+        off = tile - _nearest(tile, scale[None, :], -zero[None, :], levels - zero[None, :]) * scale[None, :]
+        error = tl.sum(weights[:, None] * off * off, axis=0)
+        better = error < least  # the first of equal ones: the widest range
+        least = tl.where(better, error, least)
+        best_scale, best_zero = tl.where(better, scale, best_scale), tl.where(better, zero, best_zero)
+    tl.store(scales + row, best_scale, mask=here)
+    tl.store(zeros + row, best_zero, mask=here)
+
+
 def round_columns(free: Tensor, shares: Tensor, scale: Tensor, low: Tensor, high: Tensor, steps: Tensor, errors: Tensor) -> None:
     _launch(_round, free, shares, scale, low, high, steps, errors)
 
@@ -89,9 +127,15 @@ def descend_columns(
     return moved
 
 
-def _launch(kernel, *tensors: Tensor) -> None:
-    """The first tensor is `(columns, rows)`."""
-    columns, rows = tensors[0].shape
-    width = max(16, triton.next_power_of_2(columns))
-    with torch.cuda.device_of(tensors[0]):  # Triton launches on the current device, wherever the tensors are
-        kernel[(triton.cdiv(rows, ROWS),)](*tensors, columns, rows, COLUMNS=width, ROWS=ROWS, num_warps=WARPS, enable_fp_fusion=True)
+def fit_grid(values: Tensor, importance: Tensor, shrinks: Tensor, levels: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    scale, zero = torch.empty_like(values[0]), torch.empty_like(values[0])
+    _launch(_fit, values, importance, shrinks, scale, zero, float(levels), len(shrinks), SYMMETRIC=symmetric)
+    return scale, zero
+
+
+def _launch(kernel, *arguments: Tensor | float, **constants: bool) -> None:
+    """The first argument is a tensor `(columns, rows)`, whose sides are the last ones of the kernel."""
+    columns, rows = arguments[0].shape
+    sizes = {"COLUMNS": max(16, triton.next_power_of_2(columns)), "ROWS": ROWS}
+    with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device, wherever the tensors are
+        kernel[(triton.cdiv(rows, ROWS),)](*arguments, columns, rows, **sizes, **constants, num_warps=WARPS, enable_fp_fusion=True)

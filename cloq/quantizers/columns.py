@@ -1,6 +1,7 @@
-"""The two loops over the columns of a block, each of which waits for the one before: plain torch operations, or one launch on a GPU.
+"""The loops of quantizers that a GPU would run as thousands of small operations: plain torch operations, or one launch on a GPU.
 
-Both work on the transposed weight, so that a column of the layer is a row here, `(columns, out)`. On a CUDA device the loop is a Triton
+Two are over the columns of a block, each of which waits for the one before; the third is over the ranges that a group's grid may have.
+All work on the transposed weight, so that a column of the layer is a row here, `(columns, out)`. On a CUDA device the loop is a Triton
 kernel (`cloq.kernels.columns`) where Triton is installed and the kernel has been seen to do on that device what the plain loop does. It
 differs from the plain loop by the order of float32 sums.
 """
@@ -15,10 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cloq.quantizers.grid import Grid, grid
+from cloq.quantizers.grid import SHRINKS, Grid, fit, grid
 
 INNER = 16
 """Columns whose updates are applied one by one before the rest gets them in one product, in the plain loops."""
+
+MOST_COLUMNS = 128
+"""Of a group whose grid a kernel fits: it holds them all at once. Larger groups, such as whole channels, are few."""
 
 SMALLEST_CURVATURE = torch.finfo(torch.float32).tiny
 """The reciprocal of anything smaller is no float32."""
@@ -42,6 +46,14 @@ def descend_columns(values: Tensor, steps: Tensor, gradient: Tensor, gram: Tenso
     return _descend(_kernels(values.device), values, steps, gradient, gram, grids)
 
 
+def fit_grid(values: Tensor, importance: Tensor, bits: int, symmetric: bool, search: bool) -> tuple[Tensor, Tensor]:
+    """Scale and zero point `(out,)` of one group for each row of the layer: `grid.fit`, of columns.
+
+    values `(columns, out)`. importance `(columns,)`: what the squared rounding error of each column counts, positive.
+    """
+    return _fit_grid(_kernels(values.device), values, importance, bits, symmetric, search)
+
+
 def why_plainly(device: torch.device) -> str | None:
     """Why the plain loops run on a GPU; `None` where they do not, and on devices that have no kernels."""
     return _found(device)[1] if device.type == "cuda" else None
@@ -60,6 +72,22 @@ def _descend(kernels: Any, values: Tensor, steps: Tensor, gradient: Tensor, gram
     curvature = gram.diagonal().double()
     reciprocals = torch.where(curvature < SMALLEST_CURVATURE, 0.0, 1 / curvature).float()
     return kernels.descend_columns(values, steps, gradient, gram.contiguous(), reciprocals, *_stacked(grids))
+
+
+def _fit_grid(
+    kernels: Any, values: Tensor, importance: Tensor, bits: int, symmetric: bool, search: bool
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if kernels is None or len(values) > MOST_COLUMNS:
+        return fit(values.T, bits, symmetric, search, importance)
+    shrinks = _shrinks(values.device)[: None if search else 1]
+    scale, zero = kernels.fit_grid(values.contiguous(), importance.contiguous(), shrinks, 2**bits - 1, symmetric)
+    return scale, zero.to(torch.uint8)
+
+
+@functools.cache
+def _shrinks(device: torch.device) -> Tensor:
+    """Copied once: a copy from the host waits for all that the GPU has to do."""
+    return torch.tensor(SHRINKS, device=device)
 
 
 # -- plain torch operations ------------------------------------------------------------------------------------------------
@@ -132,7 +160,7 @@ def differences(kernels: Any, device: torch.device) -> str | None:
     inputs[:, 7] = 0
     gram, shares = inputs.T @ inputs, (0.1 * draw(columns, columns)).triu(1)
     weight, gram, shares, scale, zero = (x.to(device) for x in (weight, gram, shares, scale, zero))
-    grids = [grid(*fit, 2) for fit in zip(scale, zero, strict=True)]
+    grids = [grid(*one, 2) for one in zip(scale, zero, strict=True)]
 
     def rounded(kernels: Any) -> Tensor:
         free, steps, errors = weight.clone(), torch.empty_like(weight), torch.empty_like(weight)
@@ -144,7 +172,11 @@ def differences(kernels: Any, device: torch.device) -> str | None:
         values = steps.clone()
         return torch.stack([_descend(kernels, values, steps, gram @ weight, gram, grids), values, steps])
 
-    for name, made in (("rounding", rounded), ("coordinate descent", descended)):
+    def fitted(kernels: Any) -> Tensor:
+        found = [_fit_grid(kernels, weight, gram.diagonal() + 1, 2, symmetric, True) for symmetric in (False, True)]
+        return torch.stack([part.float() for one in found for part in one])
+
+    for name, made in (("rounding", rounded), ("coordinate descent", descended), ("the search for scales", fitted)):
         found, expected = made(kernels), made(None)
         off = ~torch.isclose(found, expected, rtol=1e-3, atol=1e-3).all(0)  # a value at the edge of two codes may fall to either side
         if float(off.float().mean()) > 0.02:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from cloq import linalg
 from cloq.quantizers import grid
-from cloq.quantizers.columns import round_columns
+from cloq.quantizers.columns import fit_grid, round_columns
 from cloq.types import LayerStats, QuantizedWeight
 
 BLOCK = 128
@@ -68,7 +68,7 @@ class Gptq:
         fits = None
         if self.static_groups or self.group_size is None:
             importance = torch.empty_like(weight[0]).index_copy_(0, order, factor.diagonal())
-            fits = [self._fit(weight[:, natural == g], importance[natural == g]) for g in range(int(natural[-1]) + 1)]
+            fits = [self._fit(weight[:, natural == g].T, importance[natural == g]) for g in range(int(natural[-1]) + 1)]
 
         codes, fits = self._sweep(weight.T[order].contiguous() if self.act_order else weight.T.contiguous(), factor, index.tolist(), fits)
         scale, zero = (torch.stack(parts, dim=1) for parts in zip(*fits, strict=True))
@@ -87,7 +87,8 @@ class Gptq:
         return *linalg.damped_cholesky(gram, self.damping), order, dead
 
     def _fit(self, values: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
-        return grid.fit(values, self.bits, self.symmetric, self.search, importance)
+        """values `(group, out)`: columns of a group."""
+        return fit_grid(values, importance, self.bits, self.symmetric, self.search)
 
     def _sweep(self, weight: Tensor, factor: Tensor, index: list[int], fits: list | None) -> tuple[Tensor, list]:
         """Codes `(in, out)` and each group's (scale, zero). `weight (in, out)`: one column of the layer's weight per row.
@@ -125,7 +126,7 @@ class Gptq:
         for start in range(0, len(index), size):
             here, behind = slice(start, start + size), slice(start + size, None)
             if index[start] == len(fits):
-                fits.append(self._fit(free[here].T, importance[here]))
+                fits.append(self._fit(free[here], importance[here]))
             grids = {g: grid.grid(*fits[g], self.bits) for g in set(index[here])}
             round_columns(free[here], shares[here, here], [grids[g] for g in index[here]], steps[here], errors[here])
             free[behind].addmm_(shares[here, behind].T, errors[here], alpha=-1)

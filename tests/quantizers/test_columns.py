@@ -55,9 +55,12 @@ def test_they_compile_for_gpus_that_are_not_here(capability):
 
     from cloq.kernels import columns as kernels
 
-    for kernel in (kernels._round, kernels._descend):
-        whole, fixed = ("columns", "rows"), {"COLUMNS": 128, "ROWS": kernels.ROWS}
-        types = {name: "constexpr" if name in fixed else "i32" if name in whole else "*fp32" for name in kernel.arg_names}
+    for kernel in (kernels._round, kernels._descend, kernels._fit):
+        fixed = {
+            name: value for name, value in {"COLUMNS": 128, "ROWS": kernels.ROWS, "SYMMETRIC": False}.items() if name in kernel.arg_names
+        }
+        others = {"columns": "i32", "rows": "i32", "tries": "i32", "levels": "fp32"} | dict.fromkeys(fixed, "constexpr")
+        types = {name: others.get(name, "*fp32") for name in kernel.arg_names}
         source = ASTSource(fn=kernel, signature=types, constexprs=fixed)
         made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": kernels.WARPS})
         assert "div.rn.f32" in made.asm["ptx"] and made.asm["cubin"]  # IEEE's division, as torch's
@@ -69,8 +72,10 @@ def test_they_do_what_the_plain_loops_do(kernels):
 
 def test_a_kernel_that_does_something_else_is_found_out(kernels, monkeypatch):
     module, device = kernels
-    right = module.round_columns
-    monkeypatch.setattr(module, "round_columns", lambda free, shares, *rest: right(free, 2 * shares, *rest))
+    fit_grid, round_columns = module.fit_grid, module.round_columns
+    monkeypatch.setattr(module, "fit_grid", lambda values, importance, *rest: fit_grid(values, 1 / importance, *rest))
+    assert "search" in columns.differences(module, device)
+    monkeypatch.setattr(module, "round_columns", lambda free, shares, *rest: round_columns(free, 2 * shares, *rest))
     assert "rounding" in columns.differences(module, device)
 
 
@@ -99,7 +104,7 @@ def test_without_kernels_the_reason_is_known(monkeypatch):
     monkeypatch.setitem(sys.modules, "cloq.kernels.columns", None)
     assert "Triton is not installed" in columns.why_plainly(torch.device("cuda"))
     broken = type(sys)("broken")
-    broken.round_columns = broken.descend_columns = lambda *args: 1 / 0
+    broken.round_columns = broken.descend_columns = broken.fit_grid = lambda *args: 1 / 0
     monkeypatch.setitem(sys.modules, "cloq.kernels.columns", broken)
     columns._found.cache_clear()
     monkeypatch.setattr(columns, "differences", lambda kernels, device: kernels.round_columns())
