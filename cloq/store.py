@@ -87,14 +87,13 @@ class RunFolder:
         shutil.rmtree(self.folder)
 
     def refuse_foreign(self) -> None:
-        """Raises `RunError` if the folder is a file or holds something that cloq did not write."""
-        if self.out.exists() and not self.out.is_dir():
-            raise RunError(f"{self.out} is a file; {self._option} names a folder")
-        if self.out.is_dir() and not self.folder.exists():
-            other = sorted(p.name for p in self.out.iterdir())
-            if other:
-                shown = ", ".join(other[:3])
-                raise RunError(f"{self.out} holds something else ({shown}); choose an empty or new folder for {self._option}")
+        """Raises `RunError` if the folder is a file, holds something that cloq did not write, or cannot be one."""
+        with writing(self.out):
+            if self.out.exists() and not self.out.is_dir():
+                raise RunError(f"{self.out} is a file; {self._option} names a folder")
+            other = sorted(p.name for p in self.out.iterdir()) if self.out.is_dir() and not self.folder.exists() else []
+        if other:
+            raise RunError(f"{self.out} holds something else ({', '.join(other[:3])}); choose an empty or new folder for {self._option}")
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

@@ -42,6 +42,12 @@ def refused(capsys, *argv: str) -> str:
     return said
 
 
+@pytest.mark.parametrize("command", ("check", "eval", "generate", "merge", "train"))
+def test_a_name_that_no_file_can_have(command, capsys):
+    further = {"generate": ("--prompt", "Why"), "merge": ("--to", "there"), "train": ("--data", "rows.jsonl")}.get(command, ())
+    assert "is a longer name than the file system takes" in refused(capsys, command, 5000 * "x", *further)
+
+
 def test_every_flat_setting_is_a_flag_or_an_argument():
     assert set(FLAT) - set(HELP) == {"model", "rules", "quantized"}
 

@@ -87,6 +87,8 @@ def test_a_foreign_folder_is_refused_and_untouched(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
     with pytest.raises(RunError, match="is a file"):
         Store(tmp_path / "thesis.txt").begin(MANIFEST)
+    with pytest.raises(RunError, match=r"cannot write to .*name too long"):
+        Store(tmp_path / (300 * "x")).refuse_foreign()
 
 
 def stored(root, blocks=4) -> Store:

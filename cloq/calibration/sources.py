@@ -70,7 +70,7 @@ class _Reader(NamedTuple):
 
 
 def _reader(source: str) -> _Reader:
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))  # pathlib's own raises for a user that there is not
     if source == "demo":
         return _Reader(lambda column, tokenizer: demo_documents(), lambda: (("demo", text) for text in demo_documents()))
     if source == "self":
@@ -100,9 +100,9 @@ def _looks_like_path(source: str) -> bool:
 def _unknown(source: str, path: Path) -> str:
     """No such source: what there is, and the nearest name."""
     if _looks_like_path(source) or "/" in source:
-        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, beside, 1)
-        hint = f" (did you mean {path.parent / near[0]}?)" if near else "" if path.parent.is_dir() else f", nor a folder {path.parent}"
+        there = os.path.isdir(path.parent)
+        near = difflib.get_close_matches(path.name, os.listdir(path.parent) if there else [], 1)
+        hint = f" (did you mean {path.parent / near[0]}?)" if near else "" if there else f", nor a folder {path.parent}"
         return f"there is no file or folder {source}{hint}. Give a path that exists, or one of {', '.join(NAMES)}"
     near = difflib.get_close_matches(source.lower(), [*NAMES, *os.listdir()], 1, cutoff=0.5)
     hint = f" (did you mean {near[0]}?)" if near else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 
 import typer
@@ -31,6 +32,11 @@ def main(argv: list[str] | None = None) -> int:
     except CloqError as error:
         if is_first() or not isinstance(error, ProcessError):
             print(f"error: {told(error)}", file=sys.stderr)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        if is_first():
+            print(f"error: {told(f'{error.filename!r} is a longer name than the file system takes')}", file=sys.stderr)
     except _USAGE as error:
         if is_first():  # all were given the same arguments
             error.show(file=sys.stderr)
@@ -41,8 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     return USER_ERROR
 
 
-def told(error: CloqError) -> str:
-    """The error's message for a terminal. It may quote a file of someone else's: control characters, which could rewrite the screen, are
+def told(error: CloqError | str) -> str:
+    """An error's message for a terminal. It may quote a file of someone else's: control characters, which could rewrite the screen, are
     spelled out, and what is longer than anyone reads is cut in its middle."""
     text = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in str(error))
     return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -119,9 +120,9 @@ def _data(arguments: list[str]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for argument in arguments:
         name, separator, path = argument.partition("=")
-        if not separator or "/" in name or Path(argument).exists():
+        if not separator or "/" in name or os.path.exists(argument):
             name, path = "", argument
-        found[name] = Path(path).expanduser()
+        found[name] = Path(os.path.expanduser(path))
     return found
 
 

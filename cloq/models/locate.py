@@ -33,14 +33,14 @@ def locate(model: str, revision: str | None = None) -> Path:
 
     Raises `ModelError` if it is neither a model folder nor a hub id that can be fetched or is cached.
     """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(model))  # pathlib's own, and its `is_dir`, raise for a user or a name that cannot be
+    if os.path.isdir(folder):
         if (folder / "config.json").is_file():
             return folder
         if (folder / "adapter_config.json").is_file():
             raise ModelError(f"{folder} is an adapter; pass the model that it belongs to, or merge it into that model first")
         raise ModelError(f"{folder} has no config.json; MODEL is a Hugging Face model folder or a hub id")
-    if model.startswith((".", "/", "~")) or folder.exists() or model.count("/") > 1:
+    if model.startswith((".", "/", "~")) or os.path.exists(folder) or model.count("/") > 1:
         raise ModelError(f"{model} is not a folder; MODEL is a Hugging Face model folder or a hub id such as {DEFAULT_MODEL}")
     if model == DEFAULT_MODEL and revision is None and (embedded_folder() / "config.json").is_file():
         return embedded_folder()

@@ -55,11 +55,11 @@ def build_skeleton(config, dtype: torch.dtype, trust_remote_code: bool = False) 
 
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{config.model_type} is an encoder-decoder; cloq takes decoder-only causal language models")
-    bare = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
     try:
+        bare = type(config).from_dict({k: v for k, v in config.to_dict().items() if k != "quantization_config"})
         with init_empty_weights(include_buffers=False), no_init_weights():
             model = AutoModelForCausalLM.from_config(bare, dtype=dtype, trust_remote_code=trust_remote_code)
-    except Exception as error:  # a model's constructor meets whatever its configuration says
+    except Exception as error:  # a configuration's and a model's constructors meet whatever its configuration says
         reason = _reason(error, trust_remote_code)
         raise ModelError(f"{config.model_type} is not a causal language model that transformers can build ({reason})") from error
     return unfuse(model).eval()

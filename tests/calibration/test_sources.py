@@ -38,6 +38,8 @@ UNKNOWN = [
     ("./stories.jsonl.gz", r"there is no file or folder \./stories\.jsonl\.gz\. Give a path"),
     ("/nowhere/at/all.txt", r"there is no file or folder /nowhere/at/all\.txt, nor a folder /nowhere/at\. "),
     ("a/b/c", r"there is no file or folder a/b/c"),
+    ("~nobody-of-that-name/a.txt", r"there is no file or folder ~nobody-of-that-name/a\.txt, nor a folder ~nobody-of-that-name\. "),
+    (5000 * "x", r"unknown calibration source 'xxx"),
     ("org/name:a:b:c", r"there is no file or folder org/name:a:b:c"),
     (r"C:\a.txt", r"there is no file or folder C:"),
 ]

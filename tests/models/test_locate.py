@@ -66,7 +66,9 @@ def test_folders_that_hold_no_model(tmp_path):
         locate_model(str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["./nothing", "/nothing/here", "~/nothing-at-all", "a/b/c"])
+@pytest.mark.parametrize(
+    "name", ["./nothing", "/nothing/here", "~/nothing-at-all", "~nobody-of-that-name/model", "a/b/c", "/" + 5000 * "x"]
+)
 def test_paths_are_not_looked_up_on_the_hub(name, no_hub):
     with pytest.raises(ModelError, match="is not a folder; MODEL is"):
         locate_model(name)

@@ -49,6 +49,7 @@ def test_config_that_is_none(text, tmp_path):
         ("hidden_size", "../..", "hidden_size.*expected int"),
         ("num_attention_heads", 2**64, "not a multiple"),
         ("hidden_act", "x" * 10_000, "is not a causal language model that transformers can build"),
+        ("dtype", 0.5, "is not a causal language model that transformers can build"),
     ],
 )
 def test_odd_values_of_a_config(setting, value, said, tmp_path):
