@@ -32,7 +32,16 @@ def _nearest(value, scale, low, high):
 
 
 @triton.jit
-def _round(free, shares, scales, lows, highs, steps, errors, columns, rows, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+def _grid_of(column, groups, rows, SHARED: tl.constexpr):
+    """Where the grid of a column begins: all columns have the first one, or each the one of its group."""
+    return 0 if SHARED else tl.load(groups + column) * rows
+
+
+@triton.jit
+def _round(
+    free, shares, scales, lows, highs, groups, steps, errors, columns, rows,
+    SHARED: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     here = row < rows
@@ -41,9 +50,9 @@ def _round(free, shares, scales, lows, highs, steps, errors, columns, rows, COLU
     tile = tl.load(free + at, mask=there, other=0.0)
     for i in range(columns):
         value = tl.sum(tl.where(column[:, None] == i, tile, 0.0), axis=0)
-        mine = i * rows + row
-        scale = tl.load(scales + mine, mask=here, other=1.0)
-        low, high = tl.load(lows + mine, mask=here, other=0.0), tl.load(highs + mine, mask=here, other=0.0)
+        mine, points = i * rows + row, _grid_of(i, groups, rows, SHARED) + row
+        scale = tl.load(scales + points, mask=here, other=1.0)
+        low, high = tl.load(lows + points, mask=here, other=0.0), tl.load(highs + points, mask=here, other=0.0)
         step = _nearest(value, scale, low, high)
         error = value - step * scale
         tl.store(steps + mine, step, mask=here)
@@ -55,18 +64,19 @@ def _round(free, shares, scales, lows, highs, steps, errors, columns, rows, COLU
 
 @triton.jit
 def _descend(
-    values, steps, gradient, gram, reciprocals, scales, lows, highs, moved, columns, rows, COLUMNS: tl.constexpr, ROWS: tl.constexpr
-):
+    values, steps, gradient, gram, reciprocals, scales, lows, highs, groups, moved, columns, rows,
+    SHARED: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     here = row < rows
     there = (column[:, None] < columns) & here[None, :]
     slopes = tl.load(gradient + column[:, None] * rows + row[None, :], mask=there, other=0.0)
     for i in range(columns):
-        mine = i * rows + row
+        mine, points = i * rows + row, _grid_of(i, groups, rows, SHARED) + row
         value, before = tl.load(values + mine, mask=here, other=0.0), tl.load(steps + mine, mask=here, other=0.0)
-        scale = tl.load(scales + mine, mask=here, other=1.0)
-        low, high = tl.load(lows + mine, mask=here, other=0.0), tl.load(highs + mine, mask=here, other=0.0)
+        scale = tl.load(scales + points, mask=here, other=1.0)
+        low, high = tl.load(lows + points, mask=here, other=0.0), tl.load(highs + points, mask=here, other=0.0)
         reciprocal = tl.load(reciprocals + i)
         slope = tl.sum(tl.where(column[:, None] == i, slopes, 0.0), axis=0)
         step = tl.where(reciprocal > 0, _nearest(value + reciprocal * slope, scale, low, high), before)
@@ -115,16 +125,25 @@ def _fit(
     tl.store(zeros + row, best_zero, mask=here)
 
 
-def round_columns(free: Tensor, shares: Tensor, scale: Tensor, low: Tensor, high: Tensor, steps: Tensor, errors: Tensor) -> None:
-    _launch(_round, free, shares, scale, low, high, steps, errors)
+Grids = tuple[Tensor, Tensor, Tensor]
+"""Scales, lowest and highest steps, each `(groups, out)`."""
+
+
+def round_columns(free: Tensor, shares: Tensor, grids: Grids, groups: Tensor | None, steps: Tensor, errors: Tensor) -> None:
+    _launch(_round, free, shares, *grids, _or_any(groups, free), steps, errors, SHARED=groups is None)
 
 
 def descend_columns(
-    values: Tensor, steps: Tensor, gradient: Tensor, gram: Tensor, reciprocals: Tensor, scale: Tensor, low: Tensor, high: Tensor
+    values: Tensor, steps: Tensor, gradient: Tensor, gram: Tensor, reciprocals: Tensor, grids: Grids, groups: Tensor | None
 ) -> Tensor:  # fmt: skip
     moved = torch.empty_like(values)
-    _launch(_descend, values, steps, gradient, gram, reciprocals, scale, low, high, moved)
+    _launch(_descend, values, steps, gradient, gram, reciprocals, *grids, _or_any(groups, values), moved, SHARED=groups is None)
     return moved
+
+
+def _or_any(groups: Tensor | None, other: Tensor) -> Tensor:
+    """A tensor where a kernel wants one that it does not read."""
+    return other if groups is None else groups
 
 
 def fit_grid(values: Tensor, importance: Tensor, shrinks: Tensor, levels: int, symmetric: bool) -> tuple[Tensor, Tensor]:

@@ -28,22 +28,23 @@ SMALLEST_CURVATURE = torch.finfo(torch.float32).tiny
 """The reciprocal of anything smaller is no float32."""
 
 
-def round_columns(free: Tensor, shares: Tensor, grids: Sequence[Grid], steps: Tensor, errors: Tensor) -> None:
+def round_columns(free: Tensor, shares: Tensor, grids: Grid, groups: Tensor | None, steps: Tensor, errors: Tensor) -> None:
     """Rounds each column to its grid and pushes its error onto the columns behind it: GPTQ's inner loop.
 
     free `(columns, out)`: left as the columns were rounded. shares `(columns, columns)`: how much of an error in column i column j > i
-    answers for. grids: of each column. steps, errors `(columns, out)`: get the steps, and each column's error against what it had become.
+    answers for. grids, groups: see `grids_of`. steps, errors `(columns, out)`: get the steps, and each column's error against what it had
+    become.
     """
-    _round(_kernels(free.device), free, shares, grids, steps, errors)
+    _round(_kernels(free.device), free, shares, grids, groups, steps, errors)
 
 
-def descend_columns(values: Tensor, steps: Tensor, gradient: Tensor, gram: Tensor, grids: Sequence[Grid]) -> Tensor:
+def descend_columns(values: Tensor, steps: Tensor, gradient: Tensor, gram: Tensor, grids: Grid, groups: Tensor | None) -> Tensor:
     """Moves each column to the point of its grid that is best while all others stay: coordinate descent's inner loop.
 
-    values, steps `(columns, out)`: replaced. gradient `(columns, out)`: used up. gram `(columns, columns)`. grids: of each column. Columns
-    whose curvature, the diagonal of `gram`, is too small to divide by stay. Returns by how much each value moved.
+    values, steps `(columns, out)`: replaced. gradient `(columns, out)`: used up. gram `(columns, columns)`. grids, groups: see `grids_of`.
+    Columns whose curvature, the diagonal of `gram`, is too small to divide by stay. Returns by how much each value moved.
     """
-    return _descend(_kernels(values.device), values, steps, gradient, gram, grids)
+    return _descend(_kernels(values.device), values, steps, gradient, gram, grids, groups)
 
 
 def fit_grid(values: Tensor, importance: Tensor, bits: int, symmetric: bool, search: bool) -> tuple[Tensor, Tensor]:
@@ -59,19 +60,33 @@ def why_plainly(device: torch.device) -> str | None:
     return _found(device)[1] if device.type == "cuda" else None
 
 
-def _round(kernels: Any, free: Tensor, shares: Tensor, grids: Sequence[Grid], steps: Tensor, errors: Tensor) -> None:
+def grids_of(grids: Grid, groups: Tensor | None, columns: int) -> list[Grid]:
+    """The grid of each column, `(out,)`.
+
+    grids: of the groups, its tensors `(groups, out)`. groups: of the columns, `(columns,)` int64; `None` where all have the first one.
+    """
+    wanted = [0] * columns if groups is None else groups.tolist()
+    each = {group: Grid(*(part[group] for part in grids)) for group in set(wanted)}
+    return [each[group] for group in wanted]
+
+
+def _round(
+    kernels: Any, free: Tensor, shares: Tensor, grids: Grid, groups: Tensor | None, steps: Tensor, errors: Tensor
+) -> None:  # fmt: skip
     if kernels is None:
-        _round_plainly(free, shares, grids, steps, errors)
+        _round_plainly(free, shares, grids_of(grids, groups, len(free)), steps, errors)
     else:
-        kernels.round_columns(free, shares.contiguous(), *_stacked(grids), steps, errors)
+        kernels.round_columns(free, shares.contiguous(), grids, groups, steps, errors)
 
 
-def _descend(kernels: Any, values: Tensor, steps: Tensor, gradient: Tensor, gram: Tensor, grids: Sequence[Grid]) -> Tensor:
+def _descend(
+    kernels: Any, values: Tensor, steps: Tensor, gradient: Tensor, gram: Tensor, grids: Grid, groups: Tensor | None
+) -> Tensor:  # fmt: skip
     if kernels is None:
-        return _descend_plainly(values, steps, gradient, gram, grids)
+        return _descend_plainly(values, steps, gradient, gram, grids_of(grids, groups, len(values)))
     curvature = gram.diagonal().double()
     reciprocals = torch.where(curvature < SMALLEST_CURVATURE, 0.0, 1 / curvature).float()
-    return kernels.descend_columns(values, steps, gradient, gram.contiguous(), reciprocals, *_stacked(grids))
+    return kernels.descend_columns(values, steps, gradient, gram.contiguous(), reciprocals, grids, groups)
 
 
 def _fit_grid(
@@ -155,36 +170,31 @@ def differences(kernels: Any, device: torch.device) -> str | None:
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    scale, zero = 0.3 + draw(columns, rows).square(), torch.randint(0, 4, (columns, rows), generator=generator)
+    scale, zero = 0.3 + draw(5, rows).square(), torch.randint(0, 4, (5, rows), generator=generator)
     inputs, weight = draw(3 * columns, columns), draw(columns, rows)
     inputs[:, 7] = 0
     gram, shares = inputs.T @ inputs, (0.1 * draw(columns, columns)).triu(1)
     weight, gram, shares, scale, zero = (x.to(device) for x in (weight, gram, shares, scale, zero))
-    grids = [grid(*one, 2) for one in zip(scale, zero, strict=True)]
+    grids, apart = grid(scale, zero, 2), torch.arange(columns, device=device) % len(scale)
 
-    def rounded(kernels: Any) -> Tensor:
+    def rounded(kernels: Any, groups: Tensor | None) -> Tensor:
         free, steps, errors = weight.clone(), torch.empty_like(weight), torch.empty_like(weight)
-        _round(kernels, free, shares, grids, steps, errors)
+        _round(kernels, free, shares, grids, groups, steps, errors)
         return torch.stack([free, steps, errors])
 
-    def descended(kernels: Any) -> Tensor:
+    def descended(kernels: Any, groups: Tensor | None) -> Tensor:
         steps = torch.zeros_like(weight)
         values = steps.clone()
-        return torch.stack([_descend(kernels, values, steps, gram @ weight, gram, grids), values, steps])
+        return torch.stack([_descend(kernels, values, steps, gram @ weight, gram, grids, groups), values, steps])
 
-    def fitted(kernels: Any) -> Tensor:
-        found = [_fit_grid(kernels, weight, gram.diagonal() + 1, 2, symmetric, True) for symmetric in (False, True)]
-        return torch.stack([part.float() for one in found for part in one])
+    def fitted(kernels: Any, symmetric: bool) -> Tensor:
+        return torch.stack([part.float() for part in _fit_grid(kernels, weight, gram.diagonal() + 1, 2, symmetric, True)])
 
-    for name, made in (("rounding", rounded), ("coordinate descent", descended), ("the search for scales", fitted)):
-        found, expected = made(kernels), made(None)
+    tried = [("the search for scales", fitted, False), ("the search for scales", fitted, True)]
+    tried += [(name, made, groups) for name, made in (("rounding", rounded), ("coordinate descent", descended)) for groups in (None, apart)]
+    for name, made, how in tried:
+        found, expected = made(kernels, how), made(None, how)
         off = ~torch.isclose(found, expected, rtol=1e-3, atol=1e-3).all(0)  # a value at the edge of two codes may fall to either side
         if float(off.float().mean()) > 0.02:
             return f"{name}: {int(off.sum())} of {off.numel()} values"
     return None
-
-
-def _stacked(grids: Sequence[Grid]) -> tuple[Tensor, Tensor, Tensor]:
-    """Scales, lowest and highest steps, each `(columns, out)`."""
-    scales, lows, highs = (torch.stack(parts) for parts in zip(*grids, strict=True))
-    return scales, lows, highs

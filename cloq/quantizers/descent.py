@@ -24,16 +24,16 @@ def descend(quantized: QuantizedWeight, target: Tensor, gram: Tensor, sweeps: in
 
     Inputs whose diagonal is zero, or too small to divide by, keep their codes: nothing depends on them.
     """
-    index = quantized.group_index.tolist()
+    index = quantized.group_index
     codes, scales, zeros = (tensor.T.contiguous().float() for tensor in (quantized.codes, quantized.scale, quantized.zero))
-    grids = [grid.grid(*fits, quantized.bits) for fits in zip(scales, zeros, strict=True)]
+    grids = grid.grid(scales, zeros, quantized.bits)
     gram = gram.float()
-    zero = zeros.index_select(0, quantized.group_index)
+    zero = zeros.index_select(0, index)
     steps = codes.sub_(zero)  # one column of the weight per row, as in GPTQ
-    values = steps * scales.index_select(0, quantized.group_index)
+    values = steps * scales.index_select(0, index)
     left = (target.float().T - values).contiguous()  # never the target itself, which is the caller's
     for _ in range(sweeps):
         for start in range(0, len(values), BLOCK):
             here = slice(start, min(start + BLOCK, len(values)))
-            left[here] -= descend_columns(values[here], steps[here], gram[here] @ left, gram[here, here], [grids[g] for g in index[here]])
+            left[here] -= descend_columns(values[here], steps[here], gram[here] @ left, gram[here, here], grids, index[here])
     return dataclasses.replace(quantized, codes=steps.add_(zero).T.byte().contiguous())

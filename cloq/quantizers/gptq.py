@@ -34,6 +34,10 @@ BLOCK = 128
 """Columns that are brought up to date in one product, with the errors of all columns before them."""
 
 
+Fit = tuple[Tensor, Tensor]
+"""A group's scale and zero point, `(out,)` each."""
+
+
 @dataclass(frozen=True)
 class Gptq:
     """GPTQ on a group-wise grid.
@@ -65,12 +69,12 @@ class Gptq:
         weight = weight.masked_fill(dead, 0.0)
         natural = grid.group_index(columns, self.group_size, weight.device)
         index = natural[order] if self.static_groups else natural  # group of each column, in processing order
-        fits = None
+        fits = []
         if self.static_groups or self.group_size is None:
             importance = torch.empty_like(weight[0]).index_copy_(0, order, factor.diagonal())
             fits = [self._fit(weight[:, natural == g].T, importance[natural == g]) for g in range(int(natural[-1]) + 1)]
 
-        codes, fits = self._sweep(weight.T[order].contiguous() if self.act_order else weight.T.contiguous(), factor, index.tolist(), fits)
+        codes, fits = self._sweep(weight.T[order].contiguous() if self.act_order else weight.T.contiguous(), factor, index, fits)
         scale, zero = (torch.stack(parts, dim=1) for parts in zip(*fits, strict=True))
         if self.act_order:
             back = torch.argsort(order)
@@ -90,48 +94,54 @@ class Gptq:
         """values `(group, out)`: columns of a group."""
         return fit_grid(values, importance, self.bits, self.symmetric, self.search)
 
-    def _sweep(self, weight: Tensor, factor: Tensor, index: list[int], fits: list | None) -> tuple[Tensor, list]:
-        """Codes `(in, out)` and each group's (scale, zero). `weight (in, out)`: one column of the layer's weight per row.
+    def _sweep(self, weight: Tensor, factor: Tensor, index: Tensor, fits: list[Fit]) -> tuple[Tensor, list[Fit]]:
+        """Codes `(in, out)` and each group's scale and zero point. `weight (in, out)`: one column of the layer's weight per row.
 
-        fits: given, or `None` to fit every group to what its columns have become when the sweep reaches it.
+        index `(in,)`: the columns' groups. fits: of all groups, or none, to fit every group to what its columns have become when the sweep
+        reaches it.
         """
-        columns = len(weight)
-        moving, fits = fits is None, fits or []
-        step = max(self.group_size, BLOCK // self.group_size * self.group_size) if moving else BLOCK
+        fixed = grid.grid(*(torch.stack(parts) for parts in zip(*fits, strict=True)), self.bits) if fits else None
+        step = BLOCK if fixed is not None else max(self.group_size, BLOCK // self.group_size * self.group_size)
         codes = torch.empty_like(weight, dtype=torch.uint8)
         errors = torch.empty_like(weight)
-        for start in range(0, columns, step):
-            here = slice(start, min(start + step, columns))
+        for start in range(0, len(weight), step):
+            here = slice(start, min(start + step, len(weight)))
             identity = torch.eye(len(weight[here]), dtype=factor.dtype, device=factor.device)
             inverse = torch.linalg.solve_triangular(factor[here, here], identity, upper=True)
             free = weight[here].clone()
             if start:
                 free.addmm_(inverse.T, factor[:start, here].T @ errors[:start])
             shares, importance = inverse / inverse.diagonal()[:, None], factor.diagonal()[here]
-            rounded = self._round_block(free, shares, importance, index[here], fits, codes[here])
+            rounded = torch.empty_like(free)
+            if fixed is None:
+                fits = fits + self._fit_and_round(free, shares, importance, codes[here], rounded)
+            else:
+                _round(free, shares, fixed, index[here], codes[here], rounded)
             torch.sub(weight[here], free, out=errors[here]).add_(rounded)
         return codes, fits
 
-    def _round_block(
-        self, free: Tensor, shares: Tensor, importance: Tensor, index: list[int], fits: list, codes: Tensor
-    ) -> Tensor:  # fmt: skip
-        """Codes of a block of columns, into `codes`; returns each column's error against what it had become when it was rounded.
-
-        free `(block, out)`: the columns, left as they were rounded. shares `(block, block)`: `U[i, :] / U[i, i]`. importance `(block,)`:
-        `R[i, i]`. fits: gets those of the groups that are not in it yet; blocks are whole groups then, so that all of one is up to date
-        when it is fitted.
-        """
-        errors, steps = torch.empty_like(free), torch.empty_like(free)
-        size = self.group_size if index[-1] >= len(fits) else len(index)
-        for start in range(0, len(index), size):
-            here, behind = slice(start, start + size), slice(start + size, None)
-            if index[start] == len(fits):
-                fits.append(self._fit(free[here], importance[here]))
-            grids = {g: grid.grid(*fits[g], self.bits) for g in set(index[here])}
-            round_columns(free[here], shares[here, here], [grids[g] for g in index[here]], steps[here], errors[here])
+    def _fit_and_round(self, free: Tensor, shares: Tensor, importance: Tensor, codes: Tensor, errors: Tensor) -> list[Fit]:
+        """`_round` for a block of whole groups, one after the other, so that all of a group is up to date when its grid is fitted. Returns
+        the fits. importance `(block,)`: `R[i, i]`."""
+        fits = []
+        for start in range(0, len(free), self.group_size):
+            here, behind = slice(start, start + self.group_size), slice(start + self.group_size, None)
+            fits.append(self._fit(free[here], importance[here]))
+            one = grid.grid(*(part[None] for part in fits[-1]), self.bits)
+            _round(free[here], shares[here, here], one, None, codes[here], errors[here])
             free[behind].addmm_(shares[here, behind].T, errors[here], alpha=-1)
-        codes.copy_(steps.add_(torch.stack([fits[g][1] for g in index])))
-        return errors
+        return fits
+
+
+def _round(free: Tensor, shares: Tensor, grids: grid.Grid, groups: Tensor | None, codes: Tensor, errors: Tensor) -> None:
+    """Codes of some columns, into `codes`, and each column's error against what it had become when it was rounded, into `errors`.
+
+    free `(columns, out)`: left as they were rounded. shares `(columns, columns)`: `U[i, :] / U[i, i]`. grids, groups: see
+    `columns.grids_of`.
+    """
+    steps = torch.empty_like(free)
+    round_columns(free, shares, grids, groups, steps, errors)
+    codes.copy_(steps.sub_(grids.low if groups is None else grids.low.index_select(0, groups)))
 
 
 def _settle_dead_inputs(gram: Tensor) -> tuple[Tensor, Tensor]:

@@ -57,9 +57,11 @@ def test_they_compile_for_gpus_that_are_not_here(capability):
 
     for kernel in (kernels._round, kernels._descend, kernels._fit):
         fixed = {
-            name: value for name, value in {"COLUMNS": 128, "ROWS": kernels.ROWS, "SYMMETRIC": False}.items() if name in kernel.arg_names
+            name: value
+            for name, value in {"COLUMNS": 128, "ROWS": kernels.ROWS, "SYMMETRIC": False, "SHARED": False}.items()
+            if name in kernel.arg_names
         }
-        others = {"columns": "i32", "rows": "i32", "tries": "i32", "levels": "fp32"} | dict.fromkeys(fixed, "constexpr")
+        others = {"groups": "*i64", "columns": "i32", "rows": "i32", "tries": "i32", "levels": "fp32"} | dict.fromkeys(fixed, "constexpr")
         types = {name: others.get(name, "*fp32") for name in kernel.arg_names}
         source = ASTSource(fn=kernel, signature=types, constexprs=fixed)
         made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": kernels.WARPS})
@@ -75,6 +77,7 @@ def test_a_kernel_that_does_something_else_is_found_out(kernels, monkeypatch):
     fit_grid, round_columns = module.fit_grid, module.round_columns
     monkeypatch.setattr(module, "fit_grid", lambda values, importance, *rest: fit_grid(values, 1 / importance, *rest))
     assert "search" in columns.differences(module, device)
+    monkeypatch.setattr(module, "fit_grid", fit_grid)
     monkeypatch.setattr(module, "round_columns", lambda free, shares, *rest: round_columns(free, 2 * shares, *rest))
     assert "rounding" in columns.differences(module, device)
 
