@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from cloq import linalg
+from cloq.precision import full_precision
 from cloq.types import LayerStats
 
 DAMPING = 0.01
@@ -62,6 +63,7 @@ def sums_of(drifts: dict[str, Drift]) -> Iterator[Tensor]:
             yield drift.total
 
 
+@full_precision()
 def corrected(weight: Tensor, stats: LayerStats, drift: Drift, share: float) -> Tensor:
     """`W + share · (W D + R) (G + λ I)⁻¹`, `(out, in)` float32. A damping that fails is raised, as everywhere."""
     weight = weight.float()
@@ -69,6 +71,7 @@ def corrected(weight: Tensor, stats: LayerStats, drift: Drift, share: float) -> 
     return weight + share * _solved(factor, drift.step(weight))
 
 
+@full_precision()
 def corrected_by_heldout(weight: Tensor, stats: LayerStats, drift: Drift, unseen: LayerStats, unseen_drift: Drift) -> Tensor:
     """`W + c · (W D + R) (G + λ I)⁻¹`, `(out, in)` float32, with the λ among `DAMPINGS` and the c ≥ 0 that are best for other tokens.
 

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from cloq import initializers, linalg, quantizers
 from cloq.errors import ModelError
+from cloq.precision import full_precision
 from cloq.specs import INITIALIZER_SETTINGS, LayerSpec, LoraSpec
 from cloq.types import AnyQuantizedWeight, LayerMetrics, LayerResult, LayerStats, LoraFactors
 
 SPECTRUM_POINTS = 32
 
 
+@full_precision()
 def solve_layer(
     weight: Tensor, stats: LayerStats, unseen: LayerStats | None, layer: LayerSpec, lora: LoraSpec, given: AnyQuantizedWeight | None = None
 ) -> LayerResult:  # fmt: skip

@@ -26,6 +26,7 @@ from cloq.fisher import sampled
 from cloq.initializers.cloq import KEPT
 from cloq.memory import spare_memory
 from cloq.models import Decoder, Forwards, Kinds, Room, linear_shape
+from cloq.precision import full_precision
 from cloq.specs import LayerSpec, RunSpec, mixes, ruled
 from cloq.store import Store
 from cloq.types import GivenBase, LayerStats
@@ -147,6 +148,7 @@ class _Look:
         processes.add(found.values())
         return found
 
+    @full_precision()
     def _left(self, name: str, weight: Tensor, seen: LayerStats, width: int, ranks: Sequence[int]) -> Tensor:
         """The loss by rank, with what rounds are foreseen to leave of it."""
         undone = ranks if self.spec.lora.init != "zero" else [0] * len(ranks)

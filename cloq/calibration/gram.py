@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cloq.calibration.hooks import Enough, once, watching
 from cloq.errors import ModelError
 from cloq.linears import linear_shape
+from cloq.precision import full_precision
 from cloq.types import LayerStats
 
 PANEL = 256
@@ -133,25 +134,3 @@ def _mirror(gram: Tensor) -> None:
 def _nothing_seen(linear: nn.Module) -> LayerStats:
     width = linear_shape(linear)[1]
     return LayerStats(torch.zeros(width, width, device=linear.weight.device), 0)
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Float32 products of float32 matrices, whatever the caller has chosen for speed: TF32 on GPUs, bfloat16 on some CPUs."""
-    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch before 2.9; newer ones refuse the old setting beside the new
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
-        return
-    matmuls = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-    chosen = [matmul.fp32_precision for matmul in matmuls]
-    for matmul in matmuls:
-        matmul.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        for matmul, precision in zip(matmuls, chosen, strict=True):
-            matmul.fp32_precision = precision

@@ -8,12 +8,13 @@ from contextlib import ExitStack, suppress
 import torch
 from torch import Tensor, nn
 
-from cloq.calibration.gram import GramSums, full_precision
+from cloq.calibration.gram import GramSums
 from cloq.calibration.hooks import Enough, hooked, inputs_of, once, watching
 from cloq.drift import Drift
 from cloq.errors import ModelError
 from cloq.linalg import all_finite
 from cloq.linears import linear_shape
+from cloq.precision import full_precision
 from cloq.types import LayerStats
 
 Run = Callable[[], Tensor]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cloq import lowrank
 from cloq.linalg import all_finite
+from cloq.precision import full_precision
 from cloq.quantizers.descent import descend
 from cloq.types import AnyQuantizedWeight, LayerStats, LoraFactors, Quantize, QuantizedWeight
 
@@ -34,6 +35,7 @@ class ClosedForm(NamedTuple):
     spectrum: Tensor
 
 
+@full_precision()
 def closed_form(error: Tensor, gram: Tensor, rank: int, split: str = "paper", outputs: Tensor | None = None) -> ClosedForm:
     """The rank-r `B A` that minimises `‖D^{1/2} (E − B A) S‖_F²`, `S Sᵀ = G`, `D` the diagonal of `outputs` or the identity.
 

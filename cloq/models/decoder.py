@@ -20,6 +20,7 @@ from cloq.linears import fused_experts, is_linear, linear_shape, routers
 from cloq.models.experts import ExpertLayer, Experts, experts_of, rounds
 from cloq.models.probe import returned_values
 from cloq.models.streamed import Returned, StreamedModel
+from cloq.precision import forward_precision
 
 Call = tuple[tuple, dict[str, Any]]
 """Positional and keyword arguments of a block's forward, after the hidden states."""
@@ -112,7 +113,7 @@ class Decoder(StreamedModel):
         """The block's output hidden states for one micro-batch. Needs `load_block(index)`. gradients: can be followed back to the hidden
         states that go in, where these ask for it."""
         args, kwargs = batch.calls[index]
-        with torch.set_grad_enabled(gradients):
+        with torch.set_grad_enabled(gradients), forward_precision(self.device):
             output = self.blocks[index](batch.hidden, *args, **kwargs)
         return output[0] if isinstance(output, (tuple, list)) else output
 
@@ -153,7 +154,7 @@ class Decoder(StreamedModel):
         """Logits `(sequences, length, vocabulary)` from the last block's output. Needs `outer()`. gradients: as of `run_block`."""
         self.check_streamable()
         last = len(self.blocks) - 1
-        with torch.set_grad_enabled(gradients):
+        with torch.set_grad_enabled(gradients), forward_precision(self.device):
             return self.stand_in(lambda index, h, args, kwargs: hidden if index == last else h, tokens.to(self.device), self._returned)
 
     def check_streamable(self) -> None:

@@ -18,6 +18,7 @@ from cloq.errors import ModelError
 from cloq.linalg import all_finite
 from cloq.linears import linear_shape
 from cloq.models.decoder import Batch, Decoder
+from cloq.precision import forward_precision
 
 LENGTH = 512
 """Tokens of a sequence at most."""
@@ -124,7 +125,8 @@ def _back(
 def _followed(returned: Tensor, given: Tensor, gradient: Tensor | None = None) -> Tensor:
     """The gradient with respect to what was given, from the one with respect to what was returned, 1 if there is none."""
     try:
-        return torch.autograd.grad(returned, given, gradient)[0]
+        with forward_precision(returned.device):
+            return torch.autograd.grad(returned, given, gradient)[0]
     except RuntimeError as error:
         if "does not require grad" in str(error) or "not have been used in the graph" in str(error):
             raise ModelError(
