@@ -1,11 +1,12 @@
-"""The device that a run is asked to use."""
+"""The device that a run is asked to use, and where its activations are."""
 
 from __future__ import annotations
 
 import torch
 
 from cloq.errors import SpecError
-from cloq.specs import shown
+from cloq.memory import waits_in_host_memory
+from cloq.specs import RunSpec, shown
 
 
 def resolve_device(name: str) -> str:
@@ -21,3 +22,10 @@ def resolve_device(name: str) -> str:
         have = ", ".join(k for k, ok in available.items() if ok)
         raise SpecError(f"device {name!r} is not available here (there is: {have}); use --device auto, or install the torch build for it")
     return name
+
+
+def waiting_device(spec: RunSpec, device: torch.device, size: int) -> torch.device:
+    """Where activations of so many bytes are between forwards: as the run asks for, or in host memory where a GPU would have too little
+    room beside them."""
+    host = spec.activations == "host" or (spec.activations == "auto" and waits_in_host_memory(size, device))
+    return torch.device("cpu") if host else device

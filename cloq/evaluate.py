@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cloq.errors import CalibrationError
+from cloq.memory import waits_in_host_memory
 from cloq.models import Batch, Decoder
 
 SetWeights = Callable[[int, dict[str, nn.Module]], None]
@@ -77,12 +78,13 @@ def perplexity(
     progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity:  # fmt: skip
     """Perplexity of the model on `tokens (sequences, length)`, with the weights in the checkpoint or as `set_weights` changes them."""
-    batches = decoder.enter(tokens, batch_tokens)
+    host = waits_in_host_memory(tokens.numel() * decoder.bytes_of_a_token, decoder.device)
+    batches = decoder.enter(tokens, batch_tokens, waiting=torch.device("cpu") if host else None)
     for index in range(len(decoder.blocks)):
         decoder.load_block(index)
         if set_weights is not None:
             set_weights(index, decoder.linears(index))
-        batches = [Batch(decoder.run_block(index, batch), batch.calls) for batch in batches]
+        batches = [batch.onwards(decoder.run_block(index, batch)) for batch in batches]
         decoder.drop_block(index)
         if progress is not None:
             progress(index + 1, len(decoder.blocks))

@@ -14,7 +14,7 @@ from cloq.models import Decoder
 from cloq.specs import RunSpec
 from cloq.types import GivenBase
 
-EXECUTION_ONLY = ("device", "batch_tokens")
+EXECUTION_ONLY = ("device", "batch_tokens", "activations")
 """Settings that say how a run is executed, not what it computes; they may change between a run and its continuation."""
 
 

@@ -20,6 +20,9 @@ from cloq.errors import RunError
 SPARE = 0.25
 """Share of the memory that is free which a run may fill with what it would otherwise compute again."""
 
+WAITING = 0.4
+"""Share of a GPU's free memory that activations may take; more than that waits for its forwards in host memory."""
+
 _SAID_BY_ALLOCATORS = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory", "MPS backend out of memory")
 
 
@@ -48,6 +51,11 @@ def spare_memory(device: torch.device, processes: int = 1) -> int:
     except (OSError, KeyError, ValueError, IndexError):
         return (1 << 30) // processes
     return max(0, int(SPARE * free)) // processes
+
+
+def waits_in_host_memory(size: int, device: torch.device) -> bool:
+    """Whether activations of so many bytes are too large to wait on the device for the next forward."""
+    return device.type == "cuda" and size > WAITING * torch.cuda.mem_get_info(device)[0]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from cloq.calibration import CalibrationTokens
 from cloq.capture import groups_of, statistics, top_up_experts
+from cloq.device import waiting_device
 from cloq.distributed import ALONE, Processes, shared_out
 from cloq.drift import Drift, corrected, corrected_by_heldout
 from cloq.errors import ModelError, SpecError
@@ -189,8 +190,11 @@ class _Loop:
     def _entered(self, tokens: CalibrationTokens) -> _Streams:
         """What the first block is given; of several processes some may have no tokens."""
 
+        size = (2 if self.spec.corrects else 1) * (tokens.calibration.numel() + tokens.heldout.numel()) * self.decoder.bytes_of_a_token
+        waiting = waiting_device(self.spec, self.decoder.device, size)
+
         def enter(part: Tensor, first_alone: bool) -> list[Batch]:
-            return self.decoder.enter(part, self.spec.batch_tokens, first_alone) if len(part) else []
+            return self.decoder.enter(part, self.spec.batch_tokens, first_alone, waiting) if len(part) else []
 
         reference = Reference(self.decoder, enter(tokens.calibration, True)) if self.spec.corrects else None
         unseen = Reference(self.decoder, enter(tokens.heldout, False)) if self.spec.corrects and self.spec.calib.heldout_samples else None

@@ -170,7 +170,7 @@ def solve(variant: Variant, name: str, weight: torch.Tensor, stats, unseen, base
 
 
 def forward(decoder: Decoder, index: int, batches: list[Batch]) -> list[Batch]:
-    return [Batch(decoder.run_block(index, batch), batch.calls) for batch in batches]
+    return [batch.onwards(decoder.run_block(index, batch)) for batch in batches]
 
 
 def table(rows: list[dict], args: argparse.Namespace) -> str:

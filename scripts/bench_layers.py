@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from cloq.calibration import calibration_tokens, gram_matrices, shared_inputs
-from cloq.models import Batch, Decoder, load_tokenizer
+from cloq.models import Decoder, load_tokenizer
 from cloq.solve import solve_layer
 from cloq.specs import CalibSpec, layer_spec, matches, run_spec
 from cloq.types import LayerMetrics, LayerStats
@@ -55,7 +55,7 @@ def layers_of(args: argparse.Namespace) -> list[Layer]:
                 for group in groups for name in group if not args.only or any(matches(pattern, name) for pattern in args.only)
             ]  # fmt: skip
         for batches in texts:
-            batches[:] = [Batch(decoder.run_block(index, batch), batch.calls) for batch in batches]
+            batches[:] = [batch.onwards(decoder.run_block(index, batch)) for batch in batches]
         decoder.drop_block(index)
     return found
 

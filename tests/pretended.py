@@ -83,14 +83,15 @@ class _Literals(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def pretended_gpu() -> Iterator[None]:
-    """Inside, `cuda:0` is a device that tensors can be on. Triton finds no driver for it, as on a GPU that it does not know."""
+def pretended_gpu(free: int = MEMORY) -> Iterator[None]:
+    """Inside, `cuda:0` is a device that tensors can be on. Triton finds no driver for it, as on a GPU that it does not know. free: bytes
+    of its memory that it says are free."""
     from cloq.quantizers import columns
 
     replaced = {
         "_lazy_init": lambda: None,
         "device_count": lambda: 1,
-        "mem_get_info": lambda device=None: (MEMORY, MEMORY),
+        "mem_get_info": lambda device=None: (free, MEMORY),
         "max_memory_allocated": lambda device=None: 0,
         "empty_cache": lambda: None,
     }

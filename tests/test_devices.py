@@ -1,14 +1,22 @@
 """Everything of a run is where it belongs: a GPU that is not there gives the bytes of the CPU, and would stop where two devices meet."""
 
+import contextlib
+
 import pytest
 import torch
 
 import cloq
 from cloq.api import evaluate_tokens
+from cloq.device import waiting_device
+from cloq.models import Decoder
+from cloq.plan import plan
+from cloq.plan.work import Machine
+from cloq.specs import run_spec
 from tests.pretended import pretended_gpu
 from tests.tiny import save_tiny
 
 SETTINGS = {"bits": 2, "group_size": 32, "rank": 4, "calib_samples": 4, "seq_len": 32, "batch_tokens": 64, "rounds": 1}
+MACHINE = Machine(products=1e10, wide=5e9, streamed=1e10, cached=5e10, calls=1e6)
 FEW = ("k_proj", "o_proj", "gate_proj", "down_proj")
 """Layers of a block: one of each shape and place. Every operation passes through Python here, which takes its time."""
 
@@ -28,7 +36,7 @@ def tensors_of(out):
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
-        ("llama", {"only": FEW}),
+        ("llama", {"only": FEW, "activations": "host"}),
         ("llama", {"only": FEW, "bits": 2.5, "fisher": 0.9, "adaptive_rank": True}),
         ("llama", {"only": FEW, "init": "loftq", "rounds": 4, "magr": True, "act_order": True, "correction": 0.5}),
         ("mixtral", {"only": "experts.*.down_proj", "effort": "fast"}),
@@ -45,6 +53,45 @@ def test_a_run_on_a_gpu_has_all_of_it_there(family, settings, text, tmp_path):
         name: layer.metrics.error_corrected for name, layer in here.layers.items()
     }
     assert any("loops over columns ran as single operations on the GPU" in note for note in there.report.notes)
+
+
+@pytest.mark.parametrize(("free", "waits"), [(1 << 30, "cuda"), (1 << 15, "cpu")])
+def test_activations_wait_where_there_is_room(free, waits, tmp_path):
+    model = save_tiny("llama", tmp_path, num_hidden_layers=2)
+    spec, tokens = run_spec(model=str(model)), torch.arange(64).reshape(2, 32)
+    outputs = []
+    for context in (pretended_gpu(free), contextlib.nullcontext()):
+        with context:
+            decoder = Decoder(model, "cpu" if outputs else "cuda:0")
+            waiting = waiting_device(spec, decoder.device, 2 * 64 * decoder.bytes_of_a_token)
+            (batch,) = decoder.enter(tokens, 64, waiting=waiting)
+            where = [batch.hidden.device.type]
+            for index in range(2):
+                decoder.load_block(index)
+                returned = decoder.run_block(index, batch)
+                assert returned.device == decoder.device
+                batch = batch.onwards(returned)
+                where.append(batch.hidden.device.type)
+            assert where == ["cpu" if outputs else waits] * 3
+            with decoder.outer():
+                outputs.append(decoder.leave(batch.hidden, tokens).cpu())
+    assert torch.equal(*outputs)
+    for asked in ("host", "device"):
+        with pretended_gpu(free):
+            assert (waiting_device(run_spec(activations=asked), torch.device("cuda:0"), 1).type == "cpu") == (asked == "host")
+
+
+def test_a_plan_says_what_lies_on_the_gpu(text, tmp_path):
+    model = save_tiny("llama", tmp_path, num_hidden_layers=2)
+    spec = run_spec(model=str(model), calib=str(text), calib_samples=64, seq_len=32, rank=4)
+    host = plan(spec, Decoder(model), MACHINE)
+    with pretended_gpu():
+        there = plan(spec, Decoder(model, "cuda:0"), MACHINE)
+        aside = plan(spec.replace(activations="host"), Decoder(model, "cuda:0"), MACHINE)
+    assert not host.device_memory and "activations" in host.memory
+    assert "activations" in there.device_memory and "activations" not in there.memory and "a block" in there.device_memory
+    assert "activations" in aside.memory and "activations" not in aside.device_memory
+    assert any("on cuda:0" in line for line in there.lines()) and not any("on cpu" in line and "memory" in line for line in host.lines())
 
 
 def test_perplexity_on_a_gpu(text, tmp_path):

@@ -13,7 +13,18 @@ from typing import Annotated, Any
 import typer
 
 from cloq.errors import SpecError
-from cloq.specs import EFFORTS, FLAT, INITIALIZER_NAMES, PROPAGATE, QUANTIZER_NAMES, SPLIT_NAMES, RunSpec, run_spec, union_members
+from cloq.specs import (
+    ACTIVATIONS,
+    EFFORTS,
+    FLAT,
+    INITIALIZER_NAMES,
+    PROPAGATE,
+    QUANTIZER_NAMES,
+    SPLIT_NAMES,
+    RunSpec,
+    run_spec,
+    union_members,
+)
 
 HELP = {
     "bits": "Bits per weight: 2, 3, 4 or 8; or a mean of 2, 3 and 4, such as 2.5, spent where the loss depends on it.",
@@ -48,6 +59,7 @@ HELP = {
     "fisher": "CLoQ: share of what an output counts that is how much the loss depends on it; 0 is the published method.",
     "device": "auto, cpu, cuda, cuda:1, mps.",
     "batch_tokens": "Tokens per forward.",
+    "activations": f"Where activations wait for the next forward: {', '.join(ACTIVATIONS)}.",
     "revision": "Of the hub id.",
     "trust_remote_code": "Run Python code that comes with the model.",
 }

@@ -32,11 +32,15 @@ no expert sees what another one makes."""
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch on its way through the blocks. hidden: `(sequences, tokens, width)`. calls: further arguments, for each
-    block."""
+    """One micro-batch on its way through the blocks. hidden: `(sequences, tokens, width)`, on the device where it waits for its forwards.
+    calls: further arguments, for each block."""
 
     hidden: Tensor
     calls: list[Call]
+
+    def onwards(self, returned: Tensor) -> Batch:
+        """The same behind a block that returned this."""
+        return Batch(_waiting(returned, self.hidden.device), self.calls)
 
 
 class Decoder(StreamedModel):
@@ -81,20 +85,23 @@ class Decoder(StreamedModel):
     # -- the way in, through, and out ----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def enter(self, tokens: Tensor, batch_tokens: int, first_alone: bool = False) -> list[Batch]:
+    def enter(
+        self, tokens: Tensor, batch_tokens: int, first_alone: bool = False, waiting: torch.device | None = None
+    ) -> list[Batch]:  # fmt: skip
         """Runs the model's own way in on `tokens (sequences, length)` and returns what the first block gets and what every
         block is called with, in micro-batches of about `batch_tokens` tokens. Equal arguments of different batches are kept once.
 
         first_alone: the first sequence is a micro-batch of its own, on which what is found out by running a block is found out cheaply.
+        waiting: where hidden states are between forwards, by default where the forwards are.
         """
         size = max(1, batch_tokens // tokens.shape[1])
         chunks = [*tokens[:1].split(1), *tokens[1:].split(size)] if first_alone and len(tokens) > 1 else tokens.split(size)
         kept: list[Tensor] = []
         with self.outer(head=False):
             self.check_streamable()
-            return [self._enter_one(chunk.to(self.device), kept) for chunk in chunks]
+            return [self._enter_one(chunk.to(self.device), kept, waiting or self.device) for chunk in chunks]
 
-    def _enter_one(self, tokens: Tensor, kept: list[Tensor]) -> Batch:
+    def _enter_one(self, tokens: Tensor, kept: list[Tensor], waiting: torch.device) -> Batch:
         first: list[Tensor] = []
         calls: list[Call] = []
 
@@ -107,14 +114,14 @@ class Decoder(StreamedModel):
             return hidden
 
         self.go_through(record, tokens, self._returned)
-        return Batch(first[0], calls)
+        return Batch(_waiting(first[0], waiting), calls)
 
     def run_block(self, index: int, batch: Batch, gradients: bool = False) -> Tensor:
         """The block's output hidden states for one micro-batch. Needs `load_block(index)`. gradients: can be followed back to the hidden
         states that go in, where these ask for it."""
         args, kwargs = batch.calls[index]
         with torch.set_grad_enabled(gradients), forward_precision(self.device):
-            output = self.blocks[index](batch.hidden, *args, **kwargs)
+            output = self.blocks[index](batch.hidden.to(self.device, non_blocking=True), *args, **kwargs)
         return output[0] if isinstance(output, (tuple, list)) else output
 
     def rounds(self, groups: list[list[str]], one_by_one: bool) -> list[list[list[str]]]:
@@ -155,6 +162,7 @@ class Decoder(StreamedModel):
         self.check_streamable()
         last = len(self.blocks) - 1
         with torch.set_grad_enabled(gradients), forward_precision(self.device):
+            hidden = hidden.to(self.device)
             return self.stand_in(lambda index, h, args, kwargs: hidden if index == last else h, tokens.to(self.device), self._returned)
 
     def check_streamable(self) -> None:
@@ -165,6 +173,13 @@ class Decoder(StreamedModel):
     @functools.cached_property
     def _returned(self) -> Returned:
         return returned_values(self)
+
+
+def _waiting(hidden: Tensor, device: torch.device) -> Tensor:
+    """Hidden states where they wait; of a GPU's in host memory that it copies from at full speed."""
+    if hidden.device.type == device.type:
+        return hidden
+    return torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=torch.cuda.is_available()).copy_(hidden)
 
 
 def _intern(value: Any, kept: list[Tensor]) -> Any:

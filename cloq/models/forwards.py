@@ -77,7 +77,7 @@ class Forwards:
     def propagate(self) -> None:
         """Takes the activations one block further, in place, so that old and new ones of all batches never stand side by side."""
         for position, batch in enumerate(self.batches):
-            self.batches[position] = Batch(self.run(position), batch.calls)
+            self.batches[position] = batch.onwards(self.run(position))
             for kept in self._kept[position].values():
                 self._room.give(kept.value)
             self._kept[position].clear()

@@ -54,7 +54,7 @@ def squared_gradients(
     for index in range(len(decoder.blocks)):
         decoder.load_block(index)
         given.append([batch.hidden.cpu() for batch in batches])
-        batches = [Batch(decoder.run_block(index, batch), batch.calls) for batch in batches]
+        batches = [batch.onwards(decoder.run_block(index, batch)) for batch in batches]
         decoder.drop_block(index)
     with decoder.outer():
         rows = iter(zip(tokens.split(1), seeds, strict=True))

@@ -84,6 +84,16 @@ class StreamedModel:
         """The longest sequence that the configuration allows, where it says."""
         return max_positions(self.config)
 
+    @property
+    def width(self) -> int:
+        """Of the hidden states."""
+        return self.config.get_text_config().hidden_size
+
+    @property
+    def bytes_of_a_token(self) -> int:
+        """Of one token's hidden states."""
+        return self.width * self.dtype.itemsize
+
     def tied_names(self) -> dict[str, str]:
         """Parameters that are another one: name → the name of the one whose tensor is in the files.
 

@@ -35,8 +35,8 @@ class Plan:
 
     model: its folder's or hub name. blocks; layers: how many are quantized; dense: linear layers that stay as they are.
     parameters: of the whole model; quantized: of the layers that are. tokens, heldout: calibration and held-out tokens.
-    work: by phase, as a run times them. machine: measured. memory: bytes at the fullest moment of the run, by what holds them.
-    disk: bytes written, by folder. original: bytes of the checkpoint.
+    work: by phase, as a run times them. machine: measured. memory, device_memory: bytes of the host's and of a GPU's at the fullest moment
+    of the run, by what holds them. disk: bytes written, by folder. original: bytes of the checkpoint.
     bits: per weight of the quantized layers, by adapter (`none`, `16-bit`, `32-bit`). notes: what could not be known.
     """
 
@@ -52,6 +52,7 @@ class Plan:
     work: dict[str, Work]
     machine: Machine
     memory: dict[str, int]
+    device_memory: dict[str, int]
     disk: dict[str, int]
     original: int
     bits: dict[str, float]
@@ -71,6 +72,7 @@ class Plan:
             "seconds_range": [FASTER * total, SLOWER * total],
             "operations": {phase: work.products + work.wide for phase, work in self.work.items()},
             "memory_total": sum(self.memory.values()),
+            "device_memory_total": sum(self.device_memory.values()),
             "disk_total": sum(self.disk.values()),
         }
         return asdict(self) | {"notes": list(self.notes)} | derived
@@ -98,10 +100,11 @@ class Plan:
         return lines
 
     def _space(self) -> list[str]:
-        parts = ", ".join(f"{name} {rough(value)}" for name, value in sorted(self.memory.items(), key=lambda item: -item[1]) if value)
+        device = [f"        about {_held(self.device_memory)} on {self.device}"] if self.device_memory else []
         written = ", ".join(f"{name} {wording.size(value)}" for name, value in self.disk.items())
         return [
-            f"memory  about {rough(sum(self.memory.values()))} ({parts})",
+            f"memory  about {_held(self.memory)}",
+            *device,
             f"disk    {wording.size(sum(self.disk.values()))} ({written})",
             f"result  {self.bits['none']:.2f} bits per weight, {self.bits['16-bit']:.2f} with a 16-bit adapter,"
             f" {self.bits['32-bit']:.2f} as it is stored, in 32 bits",
@@ -127,6 +130,7 @@ def plan(spec: RunSpec, decoder: Decoder, machine: Machine | None = None, spare:
     needed = storage.kept(spec, decoder, chosen, forwards)
     spare = min(needed, spare_memory(decoder.device) if spare is None else spare)
     sizes = storage.Sizes.of(spec, decoder, chosen, shapes)
+    memory, device_memory = storage.peak_memory(spec, decoder, chosen, shapes, forwards, sizes, spare)
     return Plan(
         model=spec.model,
         device=str(decoder.device),
@@ -139,7 +143,8 @@ def plan(spec: RunSpec, decoder: Decoder, machine: Machine | None = None, spare:
         heldout=spec.calib.heldout_samples * spec.calib.seq_len,
         work=_phases(spec, decoder, chosen, shapes, forwards, sizes, spare / needed if needed else 0.0),
         machine=machine or measure(decoder.device),
-        memory=storage.peak_memory(spec, decoder, chosen, shapes, forwards, sizes, spare),
+        memory=memory,
+        device_memory=device_memory,
         disk=sizes.written(),
         original=sizes.original,
         bits=sizes.bits,
@@ -164,7 +169,7 @@ def _phases(
     phases = {
         name: Work() for name in ("embed", "gradients", "survey", "load", "capture", "solve", "apply", "store", "propagate", "export")
     }
-    phases["embed"] = (1 + beside) * Work(disk=3 * sizes.outer, streamed=8.0 * tokens * storage.width(decoder))
+    phases["embed"] = (1 + beside) * Work(disk=3 * sizes.outer, streamed=8.0 * tokens * decoder.width)
     if spec.follows_back:
         phases["gradients"] = _gradients(spec, decoder, forwards, sizes)
     if spec.spends:
@@ -256,6 +261,12 @@ def time_range(seconds: float) -> str:
 def _one_digit(value: float, up: bool) -> float:
     step = 10.0 ** math.floor(math.log10(value)) if value >= 1 else 0.5
     return step * (math.ceil(value / step) if up else math.floor(value / step))
+
+
+def _held(memory: dict[str, int]) -> str:
+    """The sum, and its parts from the largest on."""
+    parts = ", ".join(f"{name} {rough(value)}" for name, value in sorted(memory.items(), key=lambda item: -item[1]) if value)
+    return f"{rough(sum(memory.values()))} ({parts})"
 
 
 def rough(value: float) -> str:

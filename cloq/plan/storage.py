@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cloq.device import waiting_device
 from cloq.export.folder import SHARD_BYTES
 from cloq.fisher import TOKENS
 from cloq.models import Decoder
@@ -83,36 +85,40 @@ def followed_back(spec: RunSpec) -> int:
     return spec.calib.seq_len * min(spec.calib.samples, math.ceil(TOKENS / spec.calib.seq_len))
 
 
-def width(decoder: Decoder) -> int:
-    """Of the hidden states."""
-    return decoder.config.get_text_config().hidden_size
-
-
 def peak_memory(
     spec: RunSpec, decoder: Decoder, chosen: dict[str, LayerSpec], shapes: dict[str, Shape], forwards: list[BlockForward],
     sizes: Sizes, spare: float,
-) -> dict[str, int]:  # fmt: skip
-    """The fullest of a few moments, by what holds the bytes: the way in, a loss being followed back, a block being solved, the result being
-    exported.
-    spare: bytes of what is kept of a block.
+) -> tuple[dict[str, int], dict[str, int]]:  # fmt: skip
+    """In host memory, and on a GPU if there is one: the fullest of a few moments, by what holds the bytes: the way in, a loss being
+    followed back, a block being solved, the result being exported. spare: bytes of what is kept of a block.
 
     Pages of the checkpoint that the system keeps because nothing else needs the room are not counted.
     """
     calib = spec.calib
     streams = (1 + spec.corrects) * (calib.samples + calib.heldout_samples)
-    activations = 4.0 * streams * calib.seq_len * width(decoder)
+    activations = 1.0 * streams * calib.seq_len * decoder.bytes_of_a_token
     entering = {"activations": activations, "embeddings": 4.0 * decoder.outer_parameters(head=False)}
     following = {
         "a block": 4.0 * max(decoder.block_parameters(index) for index in range(len(decoder.blocks))),
-        "what blocks were given": 4.0 * len(decoder.blocks) * followed_back(spec) * width(decoder),
+        "what blocks were given": 4.0 * len(decoder.blocks) * followed_back(spec) * decoder.width,
         "embeddings": 4.0 * sizes.outer / sizes.element,
         "logits": 4 * 4.0 * min(AT_A_TIME, calib.seq_len) * decoder.config.get_text_config().vocab_size,
     }
     solving = {"activations": activations} | _solving(spec, decoder, chosen, shapes, forwards, spare)
     exporting = {"a shard being written": 2.0 * max(min(sizes.base, SHARD_BYTES), sizes.adapter)}
     moments = (entering, solving, exporting, *([following] if spec.follows_back else []))
-    fullest = max(moments, key=lambda parts: sum(parts.values()))
-    return {"process": int(PROCESS)} | {name: int(value) for name, value in fullest.items()}
+    if decoder.device.type == "cpu":
+        return {"process": int(PROCESS)} | _fullest(moments), {}
+    host = {"what blocks were given", "a shard being written"}
+    if waiting_device(spec, decoder.device, int(activations)).type == "cpu":
+        host.add("activations")
+    here = [{name: value for name, value in moment.items() if name in host} for moment in moments]
+    there = [{name: value for name, value in moment.items() if name not in host} for moment in moments]
+    return {"process": int(PROCESS)} | _fullest(here), _fullest(there)
+
+
+def _fullest(moments: Sequence[dict[str, float]]) -> dict[str, int]:
+    return {name: int(value) for name, value in max(moments, key=lambda parts: sum(parts.values())).items()}
 
 
 def _solving(

@@ -6,6 +6,7 @@ Nothing here imports torch, so the command line can validate before it loads any
 from cloq.specs.checked import Spec, one_of, require, shown, union_members
 from cloq.specs.flat import EFFORTS, FLAT, run_spec
 from cloq.specs.run import (
+    ACTIVATIONS,
     BITS,
     DEFAULT_MODEL,
     GROUP_SIZES,
@@ -28,6 +29,7 @@ from cloq.specs.run import (
 )
 
 __all__ = [
+    "ACTIVATIONS",
     "BITS",
     "DEFAULT_MODEL",
     "EFFORTS",

@@ -23,7 +23,7 @@ FLAT = {
         name: ("", name)
         for name in (
             *("model", "revision", "quantized", "propagate", "sequential", "correction", "fisher", "mean_bits", "adaptive_rank"),
-            *("device", "batch_tokens", "trust_remote_code"),
+            *("device", "batch_tokens", "activations", "trust_remote_code"),
         )
     },
     **{name: ("", name) for name in ("only", "skip", "rules")},

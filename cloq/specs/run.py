@@ -16,6 +16,7 @@ QUANTIZER_NAMES = ("gptq", "rtn", "nf4")
 INITIALIZER_NAMES = ("cloq", "zero", "svd", "loftq", "qera", "eora", "pissa")
 SPLIT_NAMES = ("paper", "balanced")
 PROPAGATE = ("adapter", "quantized", "dense")
+ACTIVATIONS = ("auto", "device", "host")
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 QUANTIZER_SETTINGS = {
@@ -173,7 +174,8 @@ class RunSpec(Spec):
     mean_bits: what weights get on average, of 2, 3 and 4 bits, in place of the width in `quant`; each layer gets what lowers the loss the
         most (see `cloq.survey`). Layers that share an input, which servers hold as one, get the same width.
     adaptive_rank: the rank is what layers get on average, in parameters of the factors; each gets what lowers the loss the most.
-    device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`. batch_tokens: tokens per forward.
+    device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`. batch_tokens: tokens per forward. activations: where they are between forwards, on the
+        device or in host memory; `auto` keeps them on a GPU as far as they leave it room.
     trust_remote_code: run Python code that comes with the model. Off, and never needed by the families that are tested.
     """
 
@@ -194,10 +196,12 @@ class RunSpec(Spec):
     adaptive_rank: bool = False
     device: str = "auto"
     batch_tokens: int = 4096
+    activations: str = "auto"
     trust_remote_code: bool = False
 
     def __post_init__(self):
         one_of("propagate", self.propagate, PROPAGATE)
+        one_of("activations", self.activations, ACTIVATIONS)
         require(bool(self.model), "the model is empty; name a hub id or a folder")
         require(
             self.quantized is None or self.lora.init not in ("loftq", "pissa"),

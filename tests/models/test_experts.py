@@ -33,7 +33,7 @@ def last_batch(decoder: Decoder, batch_tokens: int = 1 << 20):
     batches = decoder.enter(TOKENS, batch_tokens)
     for index in range(len(decoder.blocks) - 1):
         decoder.load_block(index)
-        batches = [decoding.Batch(decoder.run_block(index, batch), batch.calls) for batch in batches]
+        batches = [batch.onwards(decoder.run_block(index, batch)) for batch in batches]
         decoder.drop_block(index)
     decoder.load_block(len(decoder.blocks) - 1)
     return batches
