@@ -1,8 +1,8 @@
-"""How much memory a process took, and when it runs out in a forward: the same again in smaller micro-batches, which is said and kept.
+"""How much memory a process took, and when it runs out: the same again with less of it, which is said.
 
-What a forward needs grows with its micro-batch, so half as many sequences at a time may fit. The result is the same but for the order in
-which floats are summed. So that a run still has one result, the size that was found is stored with its blocks, and every continuation
-starts with it.
+First nothing is kept any more that can be computed again, which changes no result. Then, in a forward, half as many sequences at a time:
+what it needs grows with its micro-batch. The result is the same but for the order in which floats are summed. So that a run still has one
+result, the size that was found is stored with its blocks, and every continuation starts with it.
 """
 
 from __future__ import annotations
@@ -63,36 +63,41 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(said in str(error) for said in _SAID_BY_ALLOCATORS)
 
 
-def in_smaller_batches(
-    attempt: Callable[[int], None], sequences: int, helps: Callable[[], bool], shrunk: Callable[[int], None],
+def with_less_memory(
+    attempt: Callable[[int, bool], None], sequences: int, helps: Callable[[], bool], given_up: Callable[[int, bool], None],
     together: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> None:  # fmt: skip
-    """Calls `attempt(sequences)`, and again with half as many sequences to a micro-batch as often as memory runs out.
+    """Calls `attempt(sequences, keeping)`, and again as often as memory runs out: without keeping what can be computed again, and then with
+    half as many sequences to a micro-batch each time.
 
-    helps: asked then, whether a smaller batch needs less memory where it ran out. shrunk: called with the new number before each further
-    attempt, when everything that the last one held is free. together: entered around every attempt and what is decided of its error; of
-    several processes all then leave it alike. Raises `RunError` where nothing is left to halve.
+    helps: asked then, whether a smaller batch needs less memory where it ran out. given_up: called before each further attempt, when
+    everything that the last one held is free, with the number of sequences from now on, and whether what was kept is what is given up.
+    together: entered around every attempt and what is decided of its error; of several processes all then leave it alike. Raises `RunError`
+    where nothing is left to give up.
     """
+    keeping = True
     while True:
         try:
             with together():
-                return _refusing_the_last(attempt, sequences, helps)
+                return _refusing_the_last(attempt, sequences, keeping, helps)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-        sequences //= 2  # not in the handler: the error holds the frames, and they hold the tensors
-        shrunk(sequences)
+        if not keeping:  # all this not in the handler: the error holds the frames, and they hold the tensors
+            sequences //= 2
+        given_up(sequences, keeping)
+        keeping = False
 
 
-def _refusing_the_last(attempt: Callable[[int], None], sequences: int, helps: Callable[[], bool]) -> None:
+def _refusing_the_last(attempt: Callable[[int, bool], None], sequences: int, keeping: bool, helps: Callable[[], bool]) -> None:
     try:
-        attempt(sequences)
+        attempt(sequences, keeping)
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error) or (sequences > 1 and helps()):
+        if not is_out_of_memory(error) or keeping or (sequences > 1 and helps()):
             raise
         why = "with one sequence at a time" if sequences == 1 else "where smaller batches do not help"
         what = str(error).partition(". ")[0] or type(error).__name__
         raise RunError(
             f"out of memory {why} ({what}); finished blocks are kept. Free memory and run the same command again, use "
-            "--device cpu, or start anew with fewer --calib-samples or a smaller --seq-len"
+            "--activations host or --device cpu, or start anew with fewer --calib-samples or a smaller --seq-len"
         ) from error

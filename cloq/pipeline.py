@@ -28,7 +28,7 @@ from cloq.errors import ModelError, SpecError
 from cloq.fisher import output_weights, squared_gradients_of
 from cloq.layers import plan_layers
 from cloq.manifest import manifest
-from cloq.memory import in_smaller_batches, is_out_of_memory, spare_memory
+from cloq.memory import is_out_of_memory, spare_memory, with_less_memory
 from cloq.models import Batch, Decoder, Forwards, Kind, Kinds, Reference, Room, linear_shape, set_weight
 from cloq.precision import full_precision
 from cloq.solve import solve_layer
@@ -66,19 +66,20 @@ def quantize_blocks(
         emit("damaged", {"note": damage})
     loop = _Loop(spec, decoder, store, layers, given, processes, _Clock(emit), emit)
 
-    def attempt(sequences: int) -> None:
-        dataclasses.replace(loop, spec=spec.replace(batch_tokens=sequences * seq_len)).run(own)
+    def attempt(sequences: int, keeping: bool) -> None:
+        dataclasses.replace(loop, spec=spec.replace(batch_tokens=sequences * seq_len)).run(own, keeping)
 
-    def shrunk(sequences: int) -> None:
+    def given_up(sequences: int, what_was_kept: bool) -> None:
         decoder.drop_all()
-        if processes.first:
+        if processes.first and not what_was_kept:
             store.keep_batch(sequences)
-        emit("memory", {"note": f"out of memory in the phase {loop.clock.phase!r}: going on with {sequences} sequences to a forward"})
+        how = "without keeping what can be computed again" if what_was_kept else f"with {sequences} sequences to a forward"
+        emit("memory", {"note": f"out of memory in the phase {loop.clock.phase!r}: going on {how}"})
 
     own = CalibrationTokens(processes.share(tokens.calibration), processes.share(tokens.heldout, last_first=True))
     seq_len = tokens.calibration.shape[1]
     start = processes.on_first(lambda: min(len(own.calibration), max(1, spec.batch_tokens // seq_len), store.kept_batch() or math.inf))
-    in_smaller_batches(attempt, start, lambda: loop.clock.phase in FORWARDS, shrunk, lambda: processes.together(again=is_out_of_memory))
+    with_less_memory(attempt, start, lambda: loop.clock.phase in FORWARDS, given_up, lambda: processes.together(again=is_out_of_memory))
 
 
 def _refuse_differing(processes: Processes, about: dict[str, Any]) -> None:
@@ -137,8 +138,9 @@ class _Loop:
     emit: Emit
     outputs: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
-    def run(self, tokens: CalibrationTokens) -> None:
-        """From the first block that is not stored. tokens: this process's own."""
+    def run(self, tokens: CalibrationTokens, keeping: bool = True) -> None:
+        """From the first block that is not stored. tokens: this process's own. keeping: what is final in a block, as far as there is
+        room."""
         decoder, clock = self.decoder, self.clock
         done = self.processes.on_first(self.store.finished)
         total = len(decoder.blocks)
@@ -149,7 +151,8 @@ class _Loop:
         loop = self._informed(tokens)
         with clock("embed"):
             streams = self._entered(tokens)
-        kinds, spare = Kinds(decoder, self.spec.corrects, self.processes.on_first), spare_memory(decoder.device, self.processes.here)
+        kinds = Kinds(decoder, self.spec.corrects, self.processes.on_first)
+        spare = spare_memory(decoder.device, self.processes.here) if keeping else 0
         for index in range(total):
             started = time.perf_counter()
             with clock("load"):

@@ -10,7 +10,7 @@ import torch
 from cloq import pipeline
 from cloq.api import run
 from cloq.errors import RunError
-from cloq.memory import in_smaller_batches, is_out_of_memory, peak_resident, spare_memory
+from cloq.memory import is_out_of_memory, peak_resident, spare_memory, with_less_memory
 from cloq.models import Decoder
 from cloq.store import Store
 from tests.test_api import digest
@@ -53,7 +53,8 @@ def test_the_result_is_that_of_the_batch_that_fits(error, spec, short_of_memory,
     events = []
     run(spec, tmp_path / "found", emit=lambda event, values: events.append((event, values)))
     notes = [values["note"] for event, values in events if event == "memory"]
-    assert len(notes) == 2 and "going on with 4 sequences" in notes[0] and "going on with 2 sequences" in notes[1]
+    assert len(notes) == 3 and "going on without keeping" in notes[0]
+    assert "going on with 4 sequences" in notes[1] and "going on with 2 sequences" in notes[2]
     assert digest(tmp_path / "found") == digest(tmp_path / "asked")
 
 
@@ -89,14 +90,34 @@ def test_smaller_batches_are_not_tried_where_they_do_not_help(spec, monkeypatch,
     assert Store(tmp_path / "out").kept_batch() is None
 
 
+def test_what_was_kept_is_given_up_where_a_layer_does_not_fit_beside_it(spec, monkeypatch, tmp_path):
+    """In the solve too, where smaller batches do not help. The result is the same, and no batch is written down."""
+    room, rooms, solve = pipeline.Room, [], pipeline.solve_layer
+    monkeypatch.setattr(pipeline, "Room", lambda size: rooms.append(size) or room(size))
+
+    def short_of_it(*args, **kwargs):
+        if rooms[-1]:
+            raise ERRORS[0]
+        return solve(*args, **kwargs)
+
+    run(spec, tmp_path / "whole")
+    monkeypatch.setattr(pipeline, "solve_layer", short_of_it)
+    events = []
+    run(spec, tmp_path / "short", emit=lambda event, values: events.append((event, values)))
+    assert [values["note"] for event, values in events if event == "memory"] == [
+        "out of memory in the phase 'solve': going on without keeping what can be computed again"
+    ]
+    assert digest(tmp_path / "short") == digest(tmp_path / "whole") and Store(tmp_path / "short").kept_batch() is None
+
+
 def test_other_errors_pass():
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
 
-    def attempt(sequences):
+    def attempt(sequences, keeping):
         raise RuntimeError("shapes do not match")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        in_smaller_batches(attempt, 8, lambda: True, lambda sequences: pytest.fail("tried again"))
+        with_less_memory(attempt, 8, lambda: True, lambda *_: pytest.fail("tried again"))
 
 
 def test_what_an_attempt_held_is_free_before_the_next():
@@ -104,14 +125,14 @@ def test_what_an_attempt_held_is_free_before_the_next():
 
     held = []
 
-    def attempt(sequences):
+    def attempt(sequences, keeping):
         tensor = torch.ones(10)
         held.append(weakref.ref(tensor))
         if sequences > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    in_smaller_batches(attempt, 4, lambda: True, lambda sequences: [pytest.fail("still held") for ref in held if ref() is not None])
-    assert len(held) == 3
+    with_less_memory(attempt, 4, lambda: True, lambda *_: [pytest.fail("still held") for ref in held if ref() is not None])
+    assert len(held) == 4  # with 4 sequences twice
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"sequences": "x"}', "\0"])
