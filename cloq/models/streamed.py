@@ -86,8 +86,8 @@ class StreamedModel:
 
     @property
     def width(self) -> int:
-        """Of the hidden states."""
-        return self.config.get_text_config().hidden_size
+        """Of the hidden states; where the configuration has no name for it that transformers knows, of the embeddings."""
+        return getattr(self.config.get_text_config(), "hidden_size", None) or self.model.get_input_embeddings().weight.shape[-1]
 
     @property
     def bytes_of_a_token(self) -> int:
