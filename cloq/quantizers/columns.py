@@ -47,12 +47,14 @@ def descend_columns(values: Tensor, steps: Tensor, gradient: Tensor, gram: Tenso
     return _descend(_kernels(values.device), values, steps, gradient, gram, grids, groups)
 
 
-def fit_grid(values: Tensor, importance: Tensor, bits: int, symmetric: bool, search: bool) -> tuple[Tensor, Tensor]:
+def fit_grid(
+    values: Tensor, bits: int, symmetric: bool, search: bool, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Scale and zero point `(out,)` of one group for each row of the layer: `grid.fit`, of columns.
 
     values `(columns, out)`. importance `(columns,)`: what the squared rounding error of each column counts, positive.
     """
-    return _fit_grid(_kernels(values.device), values, importance, bits, symmetric, search)
+    return _fit_grid(_kernels(values.device), values, bits, symmetric, search, importance)
 
 
 def why_plainly(device: torch.device) -> str | None:
@@ -90,11 +92,12 @@ def _descend(
 
 
 def _fit_grid(
-    kernels: Any, values: Tensor, importance: Tensor, bits: int, symmetric: bool, search: bool
+    kernels: Any, values: Tensor, bits: int, symmetric: bool, search: bool, importance: Tensor | None
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     if kernels is None or len(values) > MOST_COLUMNS:
         return fit(values.T, bits, symmetric, search, importance)
     shrinks = _shrinks(values.device)[: None if search else 1]
+    importance = torch.ones_like(values[:, 0]) if importance is None else importance
     scale, zero = kernels.fit_grid(values.contiguous(), importance.contiguous(), shrinks, 2**bits - 1, symmetric)
     return scale, zero.to(torch.uint8)
 
@@ -188,7 +191,7 @@ def differences(kernels: Any, device: torch.device) -> str | None:
         return torch.stack([_descend(kernels, values, steps, gram @ weight, gram, grids, groups), values, steps])
 
     def fitted(kernels: Any, symmetric: bool) -> Tensor:
-        return torch.stack([part.float() for part in _fit_grid(kernels, weight, gram.diagonal() + 1, 2, symmetric, True)])
+        return torch.stack([part.float() for part in _fit_grid(kernels, weight, 2, symmetric, True, gram.diagonal() + 1)])
 
     tried = [("the search for scales", fitted, False), ("the search for scales", fitted, True)]
     tried += [(name, made, groups) for name, made in (("rounding", rounded), ("coordinate descent", descended)) for groups in (None, apart)]

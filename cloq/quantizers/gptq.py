@@ -92,7 +92,7 @@ class Gptq:
 
     def _fit(self, values: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
         """values `(group, out)`: columns of a group."""
-        return fit_grid(values, importance, self.bits, self.symmetric, self.search)
+        return fit_grid(values, self.bits, self.symmetric, self.search, importance)
 
     def _sweep(self, weight: Tensor, factor: Tensor, index: Tensor, fits: list[Fit]) -> tuple[Tensor, list[Fit]]:
         """Codes `(in, out)` and each group's scale and zero point. `weight (in, out)`: one column of the layer's weight per row.

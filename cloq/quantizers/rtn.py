@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cloq.quantizers import grid
+from cloq.quantizers.columns import fit_grid
 from cloq.types import LayerStats, QuantizedWeight
 
 
@@ -29,7 +30,7 @@ class Rtn:
         columns = weight.shape[1]
         index = grid.group_index(columns, self.group_size, weight.device)
         groups = weight.split(self.group_size or columns, dim=1)
-        fits = [grid.fit(group, self.bits, self.symmetric, self.search) for group in groups]
+        fits = [fit_grid(group.T, self.bits, self.symmetric, self.search) for group in groups]
         scale, zero = (torch.stack(parts, dim=1) for parts in zip(*fits, strict=True))
         codes = grid.encode(weight, scale.index_select(1, index), zero.index_select(1, index), self.bits).byte()
         return QuantizedWeight(codes, scale, zero, index, self.bits, self.group_size, self.symmetric)

@@ -47,8 +47,9 @@ def test_in_the_interpreter():
 
 
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled there")
+@pytest.mark.parametrize("flag", (False, True))
 @pytest.mark.parametrize("capability", (80, 90))
-def test_they_compile_for_gpus_that_are_not_here(capability):
+def test_they_compile_for_gpus_that_are_not_here(capability, flag):
     triton = pytest.importorskip("triton", reason="Triton is not installed")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -58,7 +59,7 @@ def test_they_compile_for_gpus_that_are_not_here(capability):
     for kernel in (kernels._round, kernels._descend, kernels._fit):
         fixed = {
             name: value
-            for name, value in {"COLUMNS": 128, "ROWS": kernels.ROWS, "SYMMETRIC": False, "SHARED": False}.items()
+            for name, value in {"COLUMNS": 128, "ROWS": kernels.ROWS, "SYMMETRIC": flag, "SHARED": flag}.items()
             if name in kernel.arg_names
         }
         others = {"groups": "*i64", "columns": "i32", "rows": "i32", "tries": "i32", "levels": "fp32"} | dict.fromkeys(fixed, "constexpr")
