@@ -1,8 +1,8 @@
 """How much memory a process took, and when it runs out: the same again with less of it, which is said.
 
-First nothing is kept any more that can be computed again, which changes no result. Then, in a forward, half as many sequences at a time:
-what it needs grows with its micro-batch. The result is the same but for the order in which floats are summed. So that a run still has one
-result, the size that was found is stored with its blocks, and every continuation starts with it.
+First nothing is kept any more that can be computed again or wait elsewhere, which changes no result. Then, in a forward, half as many
+sequences at a time: what it needs grows with its micro-batch. The result is the same but for the order in which floats are summed. So that
+a run still has one result, the size that was found is stored with its blocks, and every continuation starts with it.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def with_less_memory(
     attempt: Callable[[int, bool], None], sequences: int, helps: Callable[[], bool], given_up: Callable[[int, bool], None],
     together: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> None:  # fmt: skip
-    """Calls `attempt(sequences, keeping)`, and again as often as memory runs out: without keeping what can be computed again, and then with
+    """Calls `attempt(sequences, keeping)`, and again as often as memory runs out: without keeping what need not be there, and then with
     half as many sequences to a micro-batch each time.
 
     helps: asked then, whether a smaller batch needs less memory where it ran out. given_up: called before each further attempt, when

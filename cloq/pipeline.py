@@ -67,13 +67,16 @@ def quantize_blocks(
     loop = _Loop(spec, decoder, store, layers, given, processes, _Clock(emit), emit)
 
     def attempt(sequences: int, keeping: bool) -> None:
-        dataclasses.replace(loop, spec=spec.replace(batch_tokens=sequences * seq_len)).run(own, keeping)
+        activations = "host" if spec.activations == "auto" and not keeping else spec.activations
+        dataclasses.replace(loop, spec=spec.replace(batch_tokens=sequences * seq_len, activations=activations)).run(own, keeping)
 
     def given_up(sequences: int, what_was_kept: bool) -> None:
         decoder.drop_all()
-        if processes.first and not what_was_kept:
-            store.keep_batch(sequences)
-        how = "without keeping what can be computed again" if what_was_kept else f"with {sequences} sequences to a forward"
+        how = "with nothing in it that can be computed again or wait elsewhere"
+        if not what_was_kept:
+            how = f"with {sequences} sequences to a forward"
+            if processes.first:
+                store.keep_batch(sequences)
         emit("memory", {"note": f"out of memory in the phase {loop.clock.phase!r}: going on {how}"})
 
     own = CalibrationTokens(processes.share(tokens.calibration), processes.share(tokens.heldout, last_first=True))

@@ -53,7 +53,7 @@ def test_the_result_is_that_of_the_batch_that_fits(error, spec, short_of_memory,
     events = []
     run(spec, tmp_path / "found", emit=lambda event, values: events.append((event, values)))
     notes = [values["note"] for event, values in events if event == "memory"]
-    assert len(notes) == 3 and "going on without keeping" in notes[0]
+    assert len(notes) == 3 and "going on with nothing in it that can be computed again" in notes[0]
     assert "going on with 4 sequences" in notes[1] and "going on with 2 sequences" in notes[2]
     assert digest(tmp_path / "found") == digest(tmp_path / "asked")
 
@@ -105,7 +105,7 @@ def test_what_was_kept_is_given_up_where_a_layer_does_not_fit_beside_it(spec, mo
     events = []
     run(spec, tmp_path / "short", emit=lambda event, values: events.append((event, values)))
     assert [values["note"] for event, values in events if event == "memory"] == [
-        "out of memory in the phase 'solve': going on without keeping what can be computed again"
+        "out of memory in the phase 'solve': going on with nothing in it that can be computed again or wait elsewhere"
     ]
     assert digest(tmp_path / "short") == digest(tmp_path / "whole") and Store(tmp_path / "short").kept_batch() is None
 
