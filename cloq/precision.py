@@ -2,8 +2,8 @@
 
 torch multiplies them as the process has been told to: in TF32 on GPUs, or in bfloat16 on some CPUs, if a training script has asked for
 speed (`torch.set_float32_matmul_precision("high")`). Sums over tokens and what is solved from them do not survive that, and are exact
-whatever the caller has chosen. A forward does: its products are in TF32 on a GPU, whose ten bits behind the point lose nothing that can
-be measured after quantization (docs/log.md), and which is several times as fast as float32 there.
+whatever the caller has chosen. A forward does: its products are in TF32 on a GPU, whose ten bits behind the point cost less than chance
+does (docs/log.md), and which is several times as fast as float32 there.
 """
 
 from __future__ import annotations
