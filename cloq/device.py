@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from cloq.errors import SpecError
-from cloq.memory import waits_in_host_memory
+from cloq.memory import where_there_is_room
 from cloq.specs import RunSpec, shown
 
 
@@ -25,7 +25,7 @@ def resolve_device(name: str) -> str:
 
 
 def waiting_device(spec: RunSpec, device: torch.device, size: int) -> torch.device:
-    """Where activations of so many bytes are between forwards: as the run asks for, or in host memory where a GPU would have too little
-    room beside them."""
-    host = spec.activations == "host" or (spec.activations == "auto" and waits_in_host_memory(size, device))
-    return torch.device("cpu") if host else device
+    """Where activations of so many bytes are between forwards: as the run asks for, or where there is room."""
+    if spec.activations == "auto":
+        return where_there_is_room(size, device)
+    return torch.device("cpu") if spec.activations == "host" else device

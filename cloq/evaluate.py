@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cloq.errors import CalibrationError
-from cloq.memory import waits_in_host_memory
+from cloq.memory import where_there_is_room
 from cloq.models import Batch, Decoder
 
 SetWeights = Callable[[int, dict[str, nn.Module]], None]
@@ -78,8 +78,8 @@ def perplexity(
     progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity:  # fmt: skip
     """Perplexity of the model on `tokens (sequences, length)`, with the weights in the checkpoint or as `set_weights` changes them."""
-    host = waits_in_host_memory(tokens.numel() * decoder.bytes_of_a_token, decoder.device)
-    batches = decoder.enter(tokens, batch_tokens, waiting=torch.device("cpu") if host else None)
+    waiting = where_there_is_room(tokens.numel() * decoder.bytes_of_a_token, decoder.device)
+    batches = decoder.enter(tokens, batch_tokens, waiting=waiting)
     for index in range(len(decoder.blocks)):
         decoder.load_block(index)
         if set_weights is not None:

@@ -53,9 +53,11 @@ def spare_memory(device: torch.device, processes: int = 1) -> int:
     return max(0, int(SPARE * free)) // processes
 
 
-def waits_in_host_memory(size: int, device: torch.device) -> bool:
-    """Whether activations of so many bytes are too large to wait on the device for the next forward."""
-    return device.type == "cuda" and size > WAITING * torch.cuda.mem_get_info(device)[0]
+def where_there_is_room(size: int, device: torch.device) -> torch.device:
+    """Where activations of so many bytes wait for the next forward: on the device, or in host memory where a GPU would have too little room
+    beside them."""
+    too_large = device.type == "cuda" and size > WAITING * torch.cuda.mem_get_info(device)[0]
+    return torch.device("cpu") if too_large else device
 
 
 def is_out_of_memory(error: BaseException) -> bool:

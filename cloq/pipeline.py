@@ -30,7 +30,6 @@ from cloq.layers import plan_layers
 from cloq.manifest import manifest
 from cloq.memory import is_out_of_memory, spare_memory, with_less_memory
 from cloq.models import Batch, Decoder, Forwards, Kind, Kinds, Reference, Room, linear_shape, set_weight
-from cloq.precision import full_precision
 from cloq.solve import solve_layer
 from cloq.specs import LayerSpec, RunSpec
 from cloq.store import Store, differences
@@ -282,9 +281,8 @@ class _Loop:
         """Puts finished layers into a block: `Q + BA` (`adapter`), `Q` (`quantized`), or nothing (`dense`)."""
         if self.spec.propagate == "dense":
             return
-        with full_precision():
-            for name, result in results.items():
-                set_weight(block.linears[name], result.effective_weight(adapter=self.spec.propagate == "adapter"))
+        for name, result in results.items():
+            set_weight(block.linears[name], result.effective_weight(adapter=self.spec.propagate == "adapter"))
         block.settle(results)
 
 

@@ -14,6 +14,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from cloq.precision import full_precision
+
 
 @dataclass(frozen=True, eq=False)
 class LayerStats:
@@ -168,6 +170,7 @@ class LoraFactors:
     def rank(self) -> int:
         return self.A.shape[0]
 
+    @full_precision()
     def delta(self) -> Tensor:
         """`B @ A`, `(out, in)`."""
         return self.B @ self.A

@@ -3,8 +3,8 @@
     python scripts/bench_launches.py --inputs 4096 --variant "" --variant "effort=published"
 
 A small operation costs a GPU five to ten microseconds, however many rows the layer has, so the layer here has few. Loops that are
-a kernel on a GPU (`cloq.quantizers.columns`) count as one launch each; with `--plainly` as the single operations that they are without
-Triton. Views and allocations count nothing.
+a kernel on a GPU (`cloq.quantizers.columns`) count as one launch each; those of `--single` as the single operations that they are
+without it. Views and allocations count nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import argparse
 import contextlib
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from unittest import mock
 
 import torch
@@ -25,7 +25,7 @@ from cloq.solve import solve_layer
 from cloq.specs import layer_spec, run_spec
 from cloq.types import LayerStats
 
-KERNELS = ("_round", "_descend", "_fit_grid")
+KERNELS = ("round", "descend", "fit_grid")
 WAITING = "aten::_local_scalar_dense"
 NOTHING = frozenset(
     f"aten::{name}"
@@ -56,7 +56,7 @@ class Launches(TorchDispatchMode):
         """The loop, which counts as one launch."""
 
         def counted(*args):
-            self.by_place[f"kernel {name.strip('_')}"] += 1
+            self.by_place[f"kernel {name}"] += 1
             self.hidden = True
             try:
                 return loop(*args)
@@ -74,10 +74,13 @@ def _place() -> str:
 
 
 @contextlib.contextmanager
-def counting(plainly: bool) -> Iterator[Launches]:
+def counting(single: Collection[str]) -> Iterator[Launches]:
     launches = Launches()
-    as_one = {} if plainly else {name: launches.as_one(name, getattr(columns, name)) for name in KERNELS}
-    with mock.patch.multiple(columns, **as_one) if as_one else contextlib.nullcontext(), launches:
+    with contextlib.ExitStack() as stack:
+        for name in KERNELS:
+            if name not in single:
+                stack.enter_context(mock.patch.object(columns, f"_{name}", launches.as_one(name, getattr(columns, f"_{name}"))))
+        stack.enter_context(launches)
         yield launches
 
 
@@ -86,7 +89,7 @@ def main() -> None:
     parser.add_argument("--inputs", type=int, default=4096)
     parser.add_argument("--outputs", type=int, default=96)
     parser.add_argument("--variant", action="append", help="settings of `cloq quantize` as NAME=VALUE …; repeatable")
-    parser.add_argument("--plainly", action="store_true")
+    parser.add_argument("--single", nargs="+", default=[], choices=KERNELS, help="loops that are no kernel")
     parser.add_argument("--places", type=int, default=12, help="places to be named")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -94,7 +97,7 @@ def main() -> None:
     gram = inputs.T @ inputs
     for variant in args.variant or [""]:
         run = run_spec(**settings(variant))
-        with counting(args.plainly) as launches:
+        with counting(args.single) as launches:
             solve_layer(weight, LayerStats(gram, args.inputs), LayerStats(gram, args.inputs), layer_spec(run, "layer"), run.lora)
         print(f"{variant or 'the defaults'}: {launches.by_place.total():,} launches, {launches.waits} waits")
         for place, count in launches.by_place.most_common(args.places):

@@ -10,13 +10,13 @@ from cloq.api import evaluate_tokens
 from cloq.device import waiting_device
 from cloq.models import Decoder
 from cloq.plan import plan
-from cloq.plan.work import Machine
 from cloq.specs import run_spec
+from tests.plan.test_plan import MACHINE
 from tests.pretended import pretended_gpu
+from tests.test_api import digest
 from tests.tiny import save_tiny
 
 SETTINGS = {"bits": 2, "group_size": 32, "rank": 4, "calib_samples": 4, "seq_len": 32, "batch_tokens": 64, "rounds": 1}
-MACHINE = Machine(products=1e10, wide=5e9, streamed=1e10, cached=5e10, calls=1e6)
 FEW = ("k_proj", "o_proj", "gate_proj", "down_proj")
 """Layers of a block: one of each shape and place. Every operation passes through Python here, which takes its time."""
 
@@ -26,11 +26,6 @@ def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text("".join(f"Line {n} says that {n * n} is the square of {n}, and nothing else. " for n in range(200)))
     return path
-
-
-def tensors_of(out):
-    """Every file of base and adapter, by name."""
-    return {path.relative_to(out): path.read_bytes() for part in ("model", "adapter") for path in (out / part).glob("*.safetensors")}
 
 
 @pytest.mark.parametrize(
@@ -48,7 +43,7 @@ def test_a_run_on_a_gpu_has_all_of_it_there(family, settings, text, tmp_path):
     with pretended_gpu():
         there = cloq.quantize(str(model), out=tmp_path / "there", device="cuda:0", **asked)
     here = cloq.quantize(str(model), out=tmp_path / "here", device="cpu", **asked)
-    assert tensors_of(there.out) and tensors_of(there.out) == tensors_of(here.out)
+    assert digest(there.out) == digest(here.out)
     assert {name: layer.metrics.error_corrected for name, layer in there.layers.items()} == {
         name: layer.metrics.error_corrected for name, layer in here.layers.items()
     }

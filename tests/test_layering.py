@@ -12,12 +12,12 @@ import cloq
 ROOT = Path(cloq.__file__).parent
 
 LAYERS = (
-    {"errors"},
+    {"errors", "precision"},
     {"types"},
     {"specs"},
     {"budget"},
     {"linears"},
-    {"linalg", "precision"},
+    {"linalg"},
     {"lowrank"},
     {"drift"},
     {"packing"},

@@ -11,27 +11,21 @@ from cloq.precision import forward_precision, full_precision
 from cloq.quantizers import gptq
 from cloq.solve import solve_layer
 from cloq.specs import LayerSpec, LoraSpec, QuantSpec
+from tests.calibration.test_gram import MATMULS, choose, precisions
 from tests.pretended import pretended_gpu
 from tests.problems import problem
 from tests.tiny import save_tiny
 
-MATMULS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
 pytestmark = pytest.mark.skipif(not hasattr(MATMULS[0], "fp32_precision"), reason="torch before 2.9 has one way of choosing only")
-
-
-def precisions():
-    return [matmul.fp32_precision for matmul in MATMULS]
 
 
 @pytest.fixture
 def chosen():
     """What a training script may have asked for."""
     before = precisions()
-    for matmul in MATMULS:
-        matmul.fp32_precision = "tf32"
+    choose("tf32", "tf32")
     yield precisions()
-    for matmul, precision in zip(MATMULS, before, strict=True):
-        matmul.fp32_precision = precision
+    choose(*before)
 
 
 def watched(monkeypatch, module, name):
@@ -62,15 +56,17 @@ def test_contexts_put_back_what_was_there(chosen):
 
 def test_the_algebra_is_exact(chosen, monkeypatch):
     p = problem("power law", (24, 64))
+    stats, gone_wrong = p.stats, drift.Drift(inputs=0.1 * p.gram)  # before anything watches: they are made by products
     sweeps = watched(monkeypatch, gptq, "round_columns")
     solves = watched(monkeypatch, lowrank, "top_eigenvectors")
     steps = watched(monkeypatch, drift, "_solved")
-    solve_layer(p.weight, p.stats, p.stats, LayerSpec(QuantSpec(group_size=32), 4), LoraSpec(rounds=1))
-    closed_form(p.weight, p.gram, 4)
-    gone_wrong = drift.Drift(inputs=0.1 * p.gram)
-    drift.corrected(p.weight, p.stats, gone_wrong, 0.5)
-    drift.corrected_by_heldout(p.weight, p.stats, gone_wrong, p.stats, gone_wrong)
-    for seen in (sweeps, solves, steps):
+    products = watched(monkeypatch, torch.Tensor, "__matmul__")
+    solved = solve_layer(p.weight, stats, stats, LayerSpec(QuantSpec(group_size=32), 4), LoraSpec(rounds=1))
+    solved.effective_weight()
+    closed_form(p.weight, stats.gram, 4)
+    drift.corrected(p.weight, stats, gone_wrong, 0.5)
+    drift.corrected_by_heldout(p.weight, stats, gone_wrong, stats, gone_wrong)
+    for seen in (sweeps, solves, steps, products):
         assert seen and all(found == ["ieee", "ieee"] for found in seen)
     assert precisions() == chosen
 

@@ -29,9 +29,6 @@ class _Short(reprlib.Repr):
         return repr(x) if x.bit_length() <= 128 else f"a number of {x.bit_length()} bits"  # Python refuses to write more than 4300 digits
 
 
-_NAMED, _LONGEST_NAME = 10, 100
-"""How many unknown names a message has, and how long one may be to be compared with the known ones: both cost time."""
-
 _SHORT = _Short()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 120, 120
 
@@ -39,6 +36,10 @@ _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 120, 120
 def one_of(name: str, value: Any, allowed: tuple) -> None:
     """Raises `SpecError` for a value that is not among the allowed ones."""
     require(value in allowed, f"{name} is {shown(value)}; allowed: {', '.join('channel' if a is None else str(a) for a in allowed)}")
+
+
+_NAMED, _LONGEST_NAME = 10, 100
+"""How many unknown names a message has, and how long one may be to be compared with the known ones: both cost time."""
 
 
 def named(unknown: Iterable[Any], known: Iterable[str]) -> str:
