@@ -3,10 +3,9 @@
 In second order a layer's error `E` raises the loss by `½ Σ_o h_o ‖E_o S‖²` for each token, with `h` the loss's squared gradients at its
 outputs (`cloq.fisher`) and `S` its inputs, in the original model (K-FAC, Martens and Grosse, arXiv:1503.05671, with the diagonal of the
 output side). Factors of rank r leave of it what lies behind the r largest eigenvalues of `D^{1/2} E G Eᵀ D^{1/2}`, `D = diag(h)`: one
-decomposition for each width says it for all ranks. The codes are those of a first rounding. What rounds win is foreseen: GPTQ's error
-goes with the geometric mean of the Gram matrix's eigenvalues, and rounds give it one of which r of `in` are taken down to a share
-`KEPT`, which multiplies the error by `KEPT^(r/in)` (docs/log.md has it beside what rounds then did). What layers do to each other is left
-out.
+decomposition for each width says it for all ranks. The codes are those of a rounding that knows of no factors. What rounds win is
+foreseen: their codes hold what the first factors leave of the weight, on grids that are finer by as much, so that the error is multiplied
+by the share of the weight's size that is left (docs/log.md has it beside what rounds then did). What layers do to each other is left out.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from cloq.budget import Offer, choose
 from cloq.capture import groups_of, statistics, top_up_experts
 from cloq.distributed import Processes, shared_out
 from cloq.fisher import sampled
-from cloq.initializers.cloq import KEPT
+from cloq.initializers.cloq import size_left
 from cloq.memory import spare_memory
 from cloq.models import Decoder, Forwards, Kinds, Room, linear_shape
 from cloq.precision import full_precision
@@ -142,7 +141,8 @@ class _Look:
                     widths, ranks = possible(self.spec, name, self.layers[name], shapes[name])
                     if owner[name] == processes.rank:
                         weight = self.decoder.weight(name, linears[name])
-                        found[name] = torch.stack([self._left(name, weight, seen, width, ranks) for width in widths])
+                        left = torch.stack([self._left(name, weight, seen, width, ranks) for width in widths])
+                        found[name] = left * self._won(weight, seen, ranks)
                     else:
                         found[name] = torch.zeros(len(widths), len(ranks), dtype=torch.float64)
         processes.add(found.values())
@@ -150,11 +150,16 @@ class _Look:
 
     @full_precision()
     def _left(self, name: str, weight: Tensor, seen: LayerStats, width: int, ranks: Sequence[int]) -> Tensor:
-        """The loss by rank, with what rounds are foreseen to leave of it."""
+        """The loss by rank, with the closed form's factors."""
         undone = ranks if self.spec.lora.init != "zero" else [0] * len(ranks)
-        left = left_behind(weight - self._rounded(name, weight, seen, width), seen, self.squared[name], undone)
-        chosen_again = self.spec.lora.init == "cloq" and self.spec.lora.rounds > 0 and not self.given
-        return left * torch.tensor([KEPT ** (rank / weight.shape[1]) if chosen_again else 1.0 for rank in ranks], dtype=torch.float64)
+        return left_behind(weight - self._rounded(name, weight, seen, width), seen, self.squared[name], undone)
+
+    @full_precision()
+    def _won(self, weight: Tensor, seen: LayerStats, ranks: Sequence[int]) -> Tensor:
+        """By rank: what rounds are foreseen to leave of it."""
+        if self.spec.lora.init != "cloq" or self.spec.lora.rounds == 0 or self.given or _tokens(seen) == 0:
+            return torch.ones(len(ranks), dtype=torch.float64)
+        return size_left(weight, seen.gram, ranks)
 
     def _rounded(self, name: str, weight: Tensor, seen: LayerStats, width: int) -> Tensor:
         if self.given:

@@ -20,6 +20,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from bench_layers import settings
 
 from cloq import lowrank, pipeline, solve
 from cloq.api import open_decoder, run
@@ -115,7 +116,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=2)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--magr", action="store_true", help="MagR before the quantizer")
+    parser.add_argument("--settings", default="", help="other settings of `cloq quantize` as NAME=VALUE …, such as 'effort=published'")
     parser.add_argument("--only", help="quantize only the layers that match")
     parser.add_argument("--threads", type=int, help="of torch; all cores by default")
     parser.add_argument("--processor-time", action="store_true", help="not wall time: less moved by other work; needs --threads 1")
@@ -128,9 +129,8 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     chosen = {"only": args.only} if args.only else {}
-    spec = run_spec(
-        model=args.model, calib=args.calib, calib_samples=args.samples, seq_len=args.seq_len, bits=args.bits, magr=args.magr, **chosen
-    )
+    chosen |= {"calib_samples": args.samples, "seq_len": args.seq_len, "bits": args.bits}
+    spec = run_spec(model=args.model, calib=args.calib, **chosen, **settings(args.settings))
     device = resolve_device(spec.device)
     clock = time.perf_counter
     before = measure(device, clock)

@@ -237,7 +237,9 @@ def _survey(
             for name in names:
                 widths, ranks = survey.possible(spec, name, chosen[name], shapes[name])
                 quantized = Work() if spec.quantized else algebra.quantize(shapes[name], chosen[name].quant)
-                work += len(widths) * (quantized + algebra.top_eigenvectors(shapes[name], max(ranks), whole_gram=True))
+                decomposed = algebra.top_eigenvectors(shapes[name], max(ranks), whole_gram=True)
+                in_rounds = spec.lora.init == "cloq" and spec.lora.rounds > 0 and not spec.quantized
+                work += len(widths) * (quantized + decomposed) + in_rounds * decomposed
     return work
 
 

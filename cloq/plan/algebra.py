@@ -30,12 +30,12 @@ def solve(shape: Shape, quant: QuantSpec, lora: LoraSpec, rank: int, heldout: bo
     """`solve.solve_layer` for a layer `(out, in)`. given: the base is, and only the factors are found."""
     rank = min(rank, *shape)
     quantized = Work() if given else quantize(shape, quant)
-    times = {"loftq": lora.iterations, "cloq": 1 + (0 if given else lora.rounds)}.get(lora.init, 1)
-    fits = times
-    between = Work()
-    if lora.init == "cloq":
-        between, fits = (times - 1) * for_the_factors(shape, rank), min(times, 2)  # the first codes and the best ones
-    return times * quantized + fits * fit(shape, lora.init, rank) + between + errors(shape, rank, heldout)
+    rounds = lora.rounds if lora.init == "cloq" and not given else 0
+    times = lora.iterations if lora.init == "loftq" else max(1, rounds)
+    work = times * quantized + errors(shape, rank, heldout)
+    if rounds:  # the first factors and the last ones; the codes are improved once
+        return work + 2 * fit(shape, lora.init, rank) + rounds * for_the_factors(shape, rank) + descent(shape)
+    return work + times * fit(shape, lora.init, rank)
 
 
 def quantize(shape: Shape, quant: QuantSpec) -> Work:
@@ -75,7 +75,7 @@ def fit(shape: Shape, init: str, rank: int) -> Work:
 
 def for_the_factors(shape: Shape, rank: int) -> Work:
     """What a round of CLoQ adds to the quantizer's work."""
-    return deflation(shape[1], rank) + descent(shape) + following(shape, rank)
+    return deflation(shape[1], rank) + following(shape, rank)
 
 
 def deflation(columns: int, rank: int) -> Work:

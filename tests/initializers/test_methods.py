@@ -5,8 +5,9 @@ import torch
 
 from cloq import lowrank
 from cloq.initializers import Cloq, Eora, Loftq, Pissa, Qera, Svd, Zero, closed_form
-from cloq.initializers.cloq import KEPT
+from cloq.initializers.cloq import KEPT, SHRINKAGE
 from cloq.quantizers import Gptq, Nf4, Rtn
+from cloq.types import LoraFactors
 from tests.problems import KINDS, SHAPES, optimum, output_error, problem, root
 
 QUANTIZER = Rtn(2, 32)
@@ -202,7 +203,8 @@ def test_rounds_at_full_rank_stop_where_no_error_is_left():
 
 
 def test_a_round_quantizes_for_what_the_factors_will_undo():
-    """The quantizer is asked for the weight without the factors, in the norm without their directions."""
+    """The quantizer is asked for the weight without the factors, in the norm without their directions; the first factors are made of the
+    weight, and those of a round of what its codes leave."""
     p = problem("power law", SHAPES["tall"])
     asked = []
 
@@ -210,10 +212,26 @@ def test_a_round_quantizes_for_what_the_factors_will_undo():
         asked.append((weight, stats))
         return Rtn(2, 32).quantize(weight, stats)
 
-    Cloq(rounds=1).initialize(p.weight, p.stats, quantize, 8)
-    first = Rtn(2, 32).quantize(p.weight, p.stats)
-    factors = closed_form(p.weight - first.dequantize(), p.gram, 8).factors
-    target, stats = asked[1]
-    torch.testing.assert_close(target, p.weight - factors.delta())
-    torch.testing.assert_close(stats.gram, lowrank.deflate(p.gram, factors.A, KEPT))
-    assert stats.n_tokens == p.stats.n_tokens
+    Cloq(rounds=2).initialize(p.weight, p.stats, quantize, 8)
+    shrunk = p.gram + SHRINKAGE * p.gram.diagonal().mean() * torch.eye(len(p.gram))
+    factors = closed_form(p.weight, shrunk, 8).factors
+    left = p.weight - Rtn(2, 32).quantize(p.weight - factors.delta()).dequantize()
+    following = LoraFactors(*reversed(lowrank.follow(left, p.gram, factors.B)[:2]))
+    for (target, stats), known in zip(asked, (factors, following), strict=True):
+        torch.testing.assert_close(target, p.weight - known.delta())
+        torch.testing.assert_close(stats.gram, lowrank.deflate(p.gram, known.A, KEPT))
+        assert stats.n_tokens == p.stats.n_tokens
+
+
+def test_codes_of_the_best_round_are_kept():
+    """Here a quantizer that gets worse from round to round."""
+    p = problem("power law", SHAPES["tall"])
+    made = []
+
+    def quantize(weight, stats):
+        noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(made)))
+        made.append(Rtn(2, 32).quantize(weight + len(made) * weight.std() * noise))
+        return made[-1]
+
+    codes, _ = Cloq(rounds=3).initialize(p.weight, p.stats, quantize, 8)
+    assert len(made) == 3 and codes is made[0]
