@@ -43,6 +43,11 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     return (columns, rows) if is_conv1d(module) else (rows, columns)
 
 
+def weight_of(module: nn.Module) -> Tensor:
+    """A linear layer's weight as `(out, in)`, in the layer's dtype, whatever way round it is stored."""
+    return module.weight.T if is_conv1d(module) else module.weight
+
+
 def set_weight(module: nn.Module, weight: Tensor) -> None:
     """Puts an `(out, in)` weight into a linear layer, in the layer's dtype and way round. Raises `ValueError` for another
     shape."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cloq.errors import ModelError
+from cloq.linears import linear_shape
 
 
 class Enough(Exception):
@@ -83,3 +84,19 @@ def watching(linears: dict[str, nn.Module], names: Iterable[str], see: Callable[
         for name in names:
             stack.enter_context(inputs_of([linears[name]], lambda module, x, name=name: see(name, x)))
         yield
+
+
+@contextmanager
+def muted(linear: nn.Module) -> Iterator[None]:
+    """A linear layer that returns its bias, or zeros, for any token."""
+    out = linear_shape(linear)[0]
+
+    def silent(x: Tensor) -> Tensor:
+        nothing = x.new_zeros(*x.shape[:-1], out)
+        return nothing if linear.bias is None else nothing + linear.bias
+
+    linear.forward = silent
+    try:
+        yield
+    finally:
+        del linear.forward

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from cloq.calibration.gram import GramSums
-from cloq.calibration.hooks import Enough, hooked, inputs_of, once, watching
+from cloq.calibration.hooks import Enough, hooked, inputs_of, muted, once, watching
 from cloq.drift import Drift
 from cloq.errors import ModelError
 from cloq.linalg import all_finite
-from cloq.linears import linear_shape
+from cloq.linears import linear_shape, weight_of
 from cloq.precision import full_precision
 from cloq.types import LayerStats
 
@@ -107,8 +107,9 @@ def paired_statistics(
         inputs = _zeros(linears[group[0]], 1, 1) if any(name not in adding for name in group) else None
         drifts |= {name: Drift(sums=_zeros(linears[name], 0, 1)) if name in adding else Drift(inputs) for name in group}
     drifting = {group[0]: drifts[name].inputs for group in together for name in group if name not in adding}
+    alone = len(groups) == 1 and len(adding) == 1  # nothing that is looked at depends on what the layer makes of its inputs
     for run, original in pairs:
-        true, seen = original([group[0] for group in together], adding), Seen(run, linears, names, adding)
+        true, seen = original([group[0] for group in together], adding), Seen(run, linears, names, adding, without=alone)
         for name in weighed:
             _weigh_by_stream(true, seen, name)
         for name, rows in seen.rows.items():
@@ -118,6 +119,9 @@ def paired_statistics(
         for name in adding:
             _add(drifts[name].sums, true.sums[name] - seen.sums[name], seen.rows[first_of[name]])
     statistics = sums.statistics()
+    with full_precision():
+        for name in adding if alone else ():  # `Σ W x xᵀ`, which was left out
+            drifts[name].sums.addmm_(weight_of(linears[name]).float(), statistics[first_of[name]].gram, alpha=-1)
     for name, drift in drifts.items():
         if not all_finite(drift.total):
             raise ModelError(
@@ -150,9 +154,14 @@ def _zeros(layer: nn.Module, *sides: int) -> Tensor:
 
 class Seen:
     """One forward's inputs of the named layers, `rows[name] (tokens, in)`, and the sums that the outputs of `adding` are in,
-    `sums[name] (tokens, out)`; float32. The forward is stopped as soon as both are known."""
+    `sums[name] (tokens, out)`; float32. The forward is stopped as soon as both are known.
 
-    def __init__(self, run: Run, linears: dict[str, nn.Module], names: Sequence[str], adding: dict[str, nn.Module | None]):
+    without: the sums lack what those layers make of their inputs, all but their bias, and it is not computed.
+    """
+
+    def __init__(
+        self, run: Run, linears: dict[str, nn.Module], names: Sequence[str], adding: dict[str, nn.Module | None], without: bool = False
+    ):
         self.rows: dict[str, Tensor] = {}
         self.sums: dict[str, Tensor] = {}
         added: set[str] = set()
@@ -174,6 +183,8 @@ class Seen:
 
         with torch.no_grad(), watching(linears, names, see), ExitStack() as stack, suppress(Enough):
             for name, junction in adding.items():
+                if without:
+                    stack.enter_context(muted(linears[name]))
                 stack.enter_context(hooked(linears[name].register_forward_hook(lambda m, a, y, name=name: added.add(name))))
                 if junction is not None:
                     stack.enter_context(inputs_of([junction], lambda module, x, name=name: join(name, x)))

@@ -193,8 +193,9 @@ def _phases(
             drifts = beside and not decoder.expert_layers.keys() & set(names)
             if drifts:
                 ends = {prefix + part.last for part in forward.parts}  # most are added to the residual stream, which takes less
-                rows = sum(shapes[name][0] for name in names) if ends & set(names) else shapes[names[0]][1]
-                phases["capture"] += algebra.drift(rows, shapes[names[0]][1], sequences * group_of[names[0]].tokens)
+                added, columns = bool(ends & set(names)), shapes[names[0]][1]
+                rows = sum(shapes[name][0] for name in names) if added else columns
+                phases["capture"] += algebra.drift(rows, columns, sequences * group_of[names[0]].tokens, added)
                 phases["solve"] += Work() if spec.chooses_correction else algebra.damped_cholesky(shapes[names[0]][1])
             for name in names:
                 layer, rank = chosen[name], min(chosen[name].rank, *shapes[name])

@@ -132,9 +132,11 @@ def gram(columns: int, tokens: int) -> Work:
     return Work(products=float(tokens) * columns * (columns + min(PANEL, columns)))
 
 
-def drift(rows: int, columns: int, tokens: int) -> Work:
-    """`Σ (x° − x) xᵀ` over tokens, `(in, in)` and not symmetric; or `Σ (t° − t) xᵀ`, `(out, in)`; see `cloq.drift`."""
-    return Work(products=2.0 * tokens * rows * columns, streamed=4.0 * tokens * (2 * rows + columns))
+def drift(rows: int, columns: int, tokens: int, added: bool) -> Work:
+    """`Σ (x° − x) xᵀ` over tokens, `(in, in)` and not symmetric; or, of a layer that is added to a stream, `Σ (t° − t) xᵀ`, `(out, in)`, what
+    the layer itself is of it being a product with the Gram matrix; see `cloq.drift`."""
+    own = 2.0 * rows * columns**2 if added else 0.0
+    return Work(products=2.0 * tokens * rows * columns + own, streamed=4.0 * tokens * (2 * rows + columns))
 
 
 def damped_cholesky(columns: int) -> Work:

@@ -45,9 +45,9 @@ def forwards(
     before = {name: group.before for group in forward.groups for name in group.names}
     captured = Work()
     for asked in rounds:
-        ends = [before[name] for name in asked]
-        if to_sums:
-            ends += [part.left for part in forward.parts if part.last in asked]
-        captured += run(asked, max(ends, key=lambda work: work.products))
+        ends, adding = [before[name] for name in asked], [part for part in forward.parts if part.last in asked and to_sums]
+        captured += run(asked, max([*ends, *(part.left for part in adding)], key=lambda work: work.products))
+        if len(adding) == 1 and not original and any(set(asked) <= set(group.names) for group in forward.groups):
+            captured -= adding[0].ending  # the layer is muted
         final |= set(asked)
     return captured, run((), forward.whole)

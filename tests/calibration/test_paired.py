@@ -1,5 +1,7 @@
 """Two forwards side by side: drift against the naive twin, and where the outputs of layers are added."""
 
+from unittest import mock
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -188,6 +190,27 @@ def test_equal_forwards_have_no_drift_and_layers_apart_none_at_all():
     stats, drifts = paired_statistics(runs, linears(block), GROUPS, joined(block), apart=["up", "down"])
     assert set(stats) == {"q", "o", "up", "down"} and set(drifts) == {"q", "k", "o"}
     assert all(float(drift.total.abs().max()) == 0 for drift in drifts.values()) and drifts["o"].sums is not None
+
+
+@pytest.mark.parametrize(("name", "stream"), (("o", "second"), ("down", None)))
+def test_a_layer_alone_is_not_run_for_its_stream(name, stream):
+    """Its share of the sums is known from its weight and its Gram matrix."""
+    block, xs, ys = Block(), batches(2, 2, 3), batches(3, 2, 3)
+    to, ran = {name: block.get_submodule(stream) if stream else None}, []
+
+    def found(groups):
+        runs = [(lambda x=x: block(x), seeing(block, lambda y=y: block(y))) for x, y in zip(xs, ys, strict=True)]
+        return paired_statistics(runs, linears(block), groups, to)
+
+    stats, drifts = found([["q", "k"], [name]])  # which needs the layer's output for what comes behind it
+    layer = block.get_submodule(name)
+    with mock.patch.object(
+        type(layer), "forward", lambda self, x: ran.append(self is layer) or nn.functional.linear(x, self.weight, self.bias)
+    ):
+        alone, off = found([[name]])
+    assert sum(ran) == len(xs)  # of the original's
+    assert torch.equal(alone[name].gram, stats[name].gram)
+    torch.testing.assert_close(off[name].sums, drifts[name].sums, rtol=1e-4, atol=1e-4)
 
 
 def test_forwards_stop_where_all_is_seen():
