@@ -86,8 +86,11 @@ def test_no_weight_is_read(decoder, monkeypatch):
 
 def test_twice_the_text_is_twice_the_forwards_and_leaves_the_solve_alone(decoder):
     once, twice = _plan(decoder), _plan(decoder, calib_samples=12)
-    for phase, factor in {"capture": 2, "propagate": 2, "solve": 1, "apply": 1, "store": 1}.items():
+    for phase, factor in {"propagate": 2, "solve": 1, "apply": 1, "store": 1}.items():
         assert twice.seconds[phase] == pytest.approx(factor * once.seconds[phase])
+    assert twice.seconds["capture"] == pytest.approx(
+        2 * once.seconds["capture"], rel=0.02
+    )  # which has a product with the Gram matrix in it
     assert twice.memory["activations"] == 2 * once.memory["activations"] if "activations" in once.memory else True
 
 
