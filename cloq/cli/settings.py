@@ -42,7 +42,7 @@ HELP = {
     "rank": "Rank of the factors.",
     "adaptive_rank": "CLoQ: the rank is a mean, spent where the loss depends on it; as many parameters in all.",
     "split": f"How the product is split into A and B: {', '.join(SPLIT_NAMES)}.",
-    "rounds": "CLoQ: how often the codes are chosen again for what the factors will undo; 0 is the paper's method.",
+    "rounds": "CLoQ: how often codes are chosen for what the factors will undo, and factors for the codes; 0 is the paper's method.",
     "loftq_iterations": "Rounds of LoftQ's alternation.",
     "calib": "Calibration text: demo, self, c4, wikitext2, pile, a hub data set, a file or folder, or a mixture a:0.5,b:0.5.",
     "calib_samples": "Calibration sequences.",

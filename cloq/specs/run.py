@@ -87,7 +87,7 @@ class LoraSpec(Spec):
     """How the factors are found.
 
     rank: clipped per layer to `min(in, out)`.
-    split, rounds: CLoQ's: see `closed_form`, and how often the codes are chosen again for the factors (0 is the paper's method).
+    split, rounds: CLoQ's: see `closed_form`, and how often codes are chosen for the factors and factors for the codes (0: the paper's).
     iterations: LoftQ's rounds. Each is refused elsewhere where it is not the default.
     """
 
