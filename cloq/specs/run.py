@@ -94,7 +94,7 @@ class LoraSpec(Spec):
     init: str = "cloq"
     rank: int = 64
     split: str = "balanced"
-    rounds: int = 4
+    rounds: int = 2
     iterations: int = 5
 
     def __post_init__(self):
