@@ -3,9 +3,9 @@
 The first two families are the protocols that the papers of this field share (learning rate, epochs, sequences per step, sequence
 length, weight decay, warm-up, schedule), with the lower learning rate at 2 bits; `instruct` is what is usual for instruction data. They
 are starting points from the literature but for dropout, which was chosen there for factors that start at zero, and for the learning rate of
-`wikitext2` at 2 bits, where thrice as much is better on one model and 9 % worse on another. Here the factors hold the compensation
-of the quantization error from the first step: a tenth of their inputs dropped doubles the perplexity at 2 bits (docs/training.md has the
-numbers; weight decay of this size does nothing).
+`wikitext2` at 2 bits, where thrice as much is better on one model and 9 % worse on another. Here the factors hold the largest part of what
+the layers compute from the first step: dropping some of their inputs ruins the model at any width, so that no recipe does (docs/training.md
+has the numbers; weight decay of this size does nothing).
 """
 
 from __future__ import annotations
@@ -37,13 +37,8 @@ LEARNING_RATES: dict[str, dict[int, float]] = {
     "instruct": {2: 1e-4, 3: 2e-4, 4: 2e-4},
 }
 
-DROPOUT: dict[int, float] = {2: 0.0, 3: 0.0, 4: 0.05}
-"""By width, for all families."""
-
 RECIPES: dict[str, dict[str, Any]] = {
-    f"{family}-{bits}bit": settings | {"lr": LEARNING_RATES[family][bits], "dropout": DROPOUT[bits]}
-    for family, settings in FAMILIES.items()
-    for bits in WIDTHS
+    f"{family}-{bits}bit": settings | {"lr": LEARNING_RATES[family][bits]} for family, settings in FAMILIES.items() for bits in WIDTHS
 }
 
 
