@@ -5,7 +5,7 @@ import torch
 
 from cloq import lowrank
 from cloq.initializers import Cloq, Eora, Loftq, Pissa, Qera, Svd, Zero, closed_form
-from cloq.initializers.cloq import KEPT, SHRINKAGE
+from cloq.initializers.cloq import KEPT, SHRINKAGE, size_left
 from cloq.quantizers import Gptq, Nf4, Rtn
 from cloq.types import LoraFactors
 from tests.problems import KINDS, SHAPES, optimum, output_error, problem, root
@@ -235,3 +235,13 @@ def test_codes_of_the_best_round_are_kept():
 
     codes, _ = Cloq(rounds=3).initialize(p.weight, p.stats, quantize, 8)
     assert len(made) == 3 and codes is made[0]
+
+
+def test_what_the_first_factors_leave_is_known_for_all_ranks_at_once():
+    p = problem("power law", SHAPES["tall"])
+    ranks = (1, 5, 16)
+    shrunk = p.gram + SHRINKAGE * p.gram.diagonal().mean() * torch.eye(len(p.gram))
+    factors = [closed_form(p.weight, shrunk, rank).factors for rank in ranks]
+    expected = torch.tensor([float((p.weight - found.delta()).norm() / p.weight.norm()) ** 2 for found in factors], dtype=torch.float64)
+    torch.testing.assert_close(size_left(p.weight, p.gram, ranks), expected, rtol=1e-4, atol=1e-6)
+    assert size_left(p.weight, p.gram, [min(p.weight.shape)]) == pytest.approx(0, abs=1e-6)
