@@ -43,6 +43,9 @@ WIDENED = 1 << 16
 UNREACHED = 1e-9
 """Of the largest `Σ h_k²`, below which a term's is rounding."""
 
+NO_DIRECTION = 1e-20
+"""Of the largest `Σ h_k²`, below which a row of `A` has no direction beside the largest one's in float64."""
+
 KRYLOV_TOLERANCE = 1e-4
 """The iteration stops when all blocks that could follow would lower the remaining error by less than this fraction of it."""
 
@@ -289,6 +292,9 @@ def deflate(gram: Tensor, rows: Tensor, kept: float = 0.0) -> Tensor:
     """
     rows = _wide(rows)
     weighted = _times_gram(rows, gram)
+    reached = (weighted * rows).sum(1, keepdim=True)
+    known = (reached > NO_DIRECTION * reached.max()).to(rows.dtype)  # others are rounding beside it, and stop a decomposition
+    rows, weighted = known * rows, known * weighted
     values, vectors = torch.linalg.eigh(symmetric(weighted @ rows.T))
     held = values > 1e-6 * values[-1].clamp_min(0)
     directions = ((vectors[:, held] / values[held].sqrt()).T @ weighted).to(gram.dtype)

@@ -10,7 +10,7 @@ from cloq.api import evaluate_tokens
 from cloq.device import waiting_device
 from cloq.models import Decoder
 from cloq.plan import plan
-from cloq.specs import run_spec
+from cloq.specs import LoraSpec, run_spec
 from tests.plan.test_plan import MACHINE
 from tests.pretended import pretended_gpu
 from tests.test_api import digest
@@ -33,7 +33,7 @@ def text(tmp_path_factory):
     [
         ("llama", {"only": FEW, "activations": "host"}),
         ("llama", {"only": FEW, "bits": 2.5, "fisher": 0.9, "adaptive_rank": True}),
-        ("llama", {"only": FEW, "init": "loftq", "rounds": 4, "magr": True, "act_order": True, "correction": 0.5}),
+        ("llama", {"only": FEW, "init": "loftq", "rounds": LoraSpec().rounds, "magr": True, "act_order": True, "correction": 0.5}),
         ("mixtral", {"only": "experts.*.down_proj", "effort": "fast"}),
     ],
 )

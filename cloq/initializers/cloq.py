@@ -141,6 +141,8 @@ class Cloq:
                 B = B / roots
             if best is None or error < least:
                 best, least = codes, error
+            if not math.isfinite(error):  # a weight near float32's limit: no factors follow from it
+                break
         return best
 
 
