@@ -11,6 +11,7 @@ from torch import Tensor
 from cloq import initializers, linalg, quantizers
 from cloq.errors import ModelError
 from cloq.precision import full_precision
+from cloq.quantizers import grid
 from cloq.specs import INITIALIZER_SETTINGS, LayerSpec, LoraSpec
 from cloq.types import AnyQuantizedWeight, LayerMetrics, LayerResult, LayerStats, LoraFactors
 
@@ -24,6 +25,7 @@ def solve_layer(
     """Quantizes one layer, fits its factors, and measures both. Pure: tensors in, a value out.
 
     weight: `(out, in)` float32. stats, unseen: of the calibration and the held-out tokens. given: the quantized weight, where it is fixed.
+    Raises `ModelError` for a weight that the quantizer's scales cannot hold.
     """
     started = time.perf_counter()
     notes = []
@@ -43,6 +45,8 @@ def solve_layer(
         stats = LayerStats(torch.eye(weight.shape[1], device=weight.device), 0)
     unseen = unseen if unseen and unseen.n_tokens else None
     quantizer = quantizers.from_spec(layer.quant)
+    if given is None:  # of the weight itself, since factors that come first could take from the quantizer what it refuses
+        grid.finite(weight, torch.finfo(torch.float32).max if layer.quant.quantizer == "nf4" else grid.LARGEST_WEIGHT)
     chooses = lora.init in INITIALIZER_SETTINGS["rounds"]
     initializer = initializers.from_spec(lora.replace(rounds=0) if given and chooses else lora)  # codes that are given are not chosen again
     quantized, factors = initializer.initialize(weight, stats, lambda w, s: given or quantizer.quantize(w, s), rank)
