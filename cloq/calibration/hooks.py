@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +88,16 @@ def watching(linears: dict[str, nn.Module], names: Iterable[str], see: Callable[
 
 
 @contextmanager
+def calling(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Another forward in the place of a module's; its hooks stay."""
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+@contextmanager
 def muted(linear: nn.Module) -> Iterator[None]:
     """A linear layer that returns its bias, or zeros, for any token."""
     out = linear_shape(linear)[0]
@@ -95,8 +106,5 @@ def muted(linear: nn.Module) -> Iterator[None]:
         nothing = x.new_zeros(*x.shape[:-1], out)
         return nothing if linear.bias is None else nothing + linear.bias
 
-    linear.forward = silent
-    try:
+    with calling(linear, silent):
         yield
-    finally:
-        del linear.forward

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cloq.calibration.hooks import hooked
+from cloq.calibration.hooks import calling, hooked
 
 
 class End(NamedTuple):
@@ -87,8 +87,5 @@ def _end(layer: str, output: Any, of_part: Any) -> End | None:
 @contextmanager
 def standing_in(module: nn.Module, compute: Callable[[], Any]) -> Iterator[None]:
     """`compute()` in the place of a module's forward, whatever that is called with."""
-    module.forward = lambda *args, **kwargs: compute()
-    try:
+    with calling(module, lambda *args, **kwargs: compute()):
         yield
-    finally:
-        del module.forward
