@@ -12,7 +12,7 @@ from cloq import initializers, linalg, quantizers
 from cloq.errors import ModelError
 from cloq.precision import full_precision
 from cloq.quantizers import grid
-from cloq.specs import INITIALIZER_SETTINGS, LayerSpec, LoraSpec
+from cloq.specs import LayerSpec, LoraSpec
 from cloq.types import AnyQuantizedWeight, LayerMetrics, LayerResult, LayerStats, LoraFactors
 
 SPECTRUM_POINTS = 32
@@ -47,8 +47,7 @@ def solve_layer(
     quantizer = quantizers.from_spec(layer.quant)
     if given is None:  # of the weight itself, since factors that come first could take from the quantizer what it refuses
         grid.finite(weight, torch.finfo(torch.float32).max if layer.quant.quantizer == "nf4" else grid.LARGEST_WEIGHT)
-    chooses = lora.init in INITIALIZER_SETTINGS["rounds"]
-    initializer = initializers.from_spec(lora.replace(rounds=0) if given and chooses else lora)  # codes that are given are not chosen again
+    initializer = initializers.from_spec(lora.replace(rounds=0) if given and lora.rounds_on(given=False) else lora)
     quantized, factors = initializer.initialize(weight, stats, lambda w, s: given or quantizer.quantize(w, s), rank)
     if quantized.damping > layer.quant.damping:
         notes.append(f"Cholesky failed with damping {layer.quant.damping:g}; raised to {quantized.damping:g}")

@@ -157,7 +157,7 @@ class _Look:
     @full_precision()
     def _won(self, weight: Tensor, seen: LayerStats, ranks: Sequence[int]) -> Tensor:
         """By rank: what rounds are foreseen to leave of it."""
-        if self.spec.lora.init != "cloq" or self.spec.lora.rounds == 0 or self.given or _tokens(seen) == 0:
+        if self.spec.lora.rounds_on(given=self.given is not None) == 0 or _tokens(seen) == 0:
             return torch.ones(len(ranks), dtype=torch.float64)
         return size_left(weight, seen.gram, ranks)
 

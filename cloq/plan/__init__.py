@@ -239,7 +239,7 @@ def _survey(
                 widths, ranks = survey.possible(spec, name, chosen[name], shapes[name])
                 quantized = Work() if spec.quantized else algebra.quantize(shapes[name], chosen[name].quant)
                 decomposed = algebra.top_eigenvectors(shapes[name], max(ranks), whole_gram=True)
-                in_rounds = spec.lora.init == "cloq" and spec.lora.rounds > 0 and not spec.quantized
+                in_rounds = spec.lora.rounds_on(given=spec.quantized is not None) > 0
                 work += len(widths) * (quantized + decomposed) + in_rounds * decomposed
     return work
 

@@ -30,7 +30,7 @@ def solve(shape: Shape, quant: QuantSpec, lora: LoraSpec, rank: int, heldout: bo
     """`solve.solve_layer` for a layer `(out, in)`. given: the base is, and only the factors are found."""
     rank = min(rank, *shape)
     quantized = Work() if given else quantize(shape, quant)
-    rounds = lora.rounds if lora.init == "cloq" and not given else 0
+    rounds = lora.rounds_on(given)
     times = lora.iterations if lora.init == "loftq" else max(1, rounds)
     work = times * quantized + errors(shape, rank, heldout)
     if rounds:  # the first factors and the last ones; the codes are improved once

@@ -105,6 +105,10 @@ class LoraSpec(Spec):
         require(1 <= self.iterations <= 100, f"iterations is {self.iterations}; allowed: 1 to 100")
         _refuse_ignored(self, "init", INITIALIZER_SETTINGS)
 
+    def rounds_on(self, given: bool) -> int:
+        """How often codes are chosen for the factors: never where the codes are given, or by an initializer that has no rounds."""
+        return self.rounds if self.init in INITIALIZER_SETTINGS["rounds"] and not given else 0
+
 
 @dataclass(frozen=True)
 class CalibSpec(Spec):
