@@ -12,8 +12,8 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "quantize": "cloq.api",
-    "load": "cloq.loading",
-    "merge": "cloq.merging",
+    "load": "cloq.use.loading",
+    "merge": "cloq.use.merging",
     "closed_form": "cloq.initializers",
     "train": "cloq.training",
     "TrainSpec": "cloq.training",
@@ -45,10 +45,10 @@ if TYPE_CHECKING:
     from cloq.api import quantize
     from cloq.errors import CloqError
     from cloq.initializers import closed_form
-    from cloq.loading import load
-    from cloq.merging import merge
     from cloq.specs import CalibSpec, LoraSpec, QuantSpec, Rule, RunSpec
     from cloq.training import TrainSpec, train
+    from cloq.use.loading import load
+    from cloq.use.merging import merge
 
 
 def __getattr__(name: str):

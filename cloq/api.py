@@ -18,19 +18,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cloq import __version__
-from cloq.distributed import ALONE, Processes
 from cloq.errors import RunError, SpecError
 from cloq.specs import RunSpec, Spec, run_spec
+from cloq.streaming.distributed import ALONE, Processes
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from cloq.calibration import CalibrationTokens
-    from cloq.evaluate import Quality
     from cloq.models import Decoder
     from cloq.report import Report
-    from cloq.store import LayerSummary
+    from cloq.streaming.store import LayerSummary
+    from cloq.use.evaluate import Quality
 
 Emit = Callable[[str, dict[str, Any]], None]
 Progress = Callable[[str, int, int], None]
@@ -82,13 +82,13 @@ def _run(
 ) -> RunResult:  # fmt: skip
     """held: closed behind the run."""
     from cloq.export import FORMATS, check_format, write_adapter, write_model
-    from cloq.given import open_given
-    from cloq.layers import foreseen, plan_layers, predicted_layouts
-    from cloq.manifest import versions
     from cloq.models import locate
-    from cloq.pipeline import quantize_blocks
     from cloq.report import write_report
-    from cloq.store import Store
+    from cloq.streaming.layers import foreseen, plan_layers, predicted_layouts
+    from cloq.streaming.manifest import versions
+    from cloq.streaming.pipeline import quantize_blocks
+    from cloq.streaming.store import Store
+    from cloq.use.given import open_given
 
     phases: dict[str, float] = {}
 
@@ -133,8 +133,8 @@ def _run(
 
 def open_decoder(spec: RunSpec, processes: Processes = ALONE) -> Decoder:
     """The model that a run starts from, without any weight read, on this process's device."""
-    from cloq.device import resolve_device
     from cloq.models import Decoder, locate
+    from cloq.streaming.device import resolve_device
 
     device = processes.device(resolve_device(spec.device))  # before the model: a missing GPU should be said at once
     return Decoder(locate(spec.model, spec.revision), device, trust_remote_code=spec.trust_remote_code)
@@ -160,11 +160,11 @@ def evaluate_tokens(
     Base and adapter are read from the exported files as they decode, not from the store. text: what the report calls the tokens. The
     16-bit model is the one in the run file.
     """
-    from cloq.device import resolve_device
-    from cloq.evaluate import Quality, perplexity
     from cloq.export.peft import AdapterFolder
     from cloq.export.read import QuantizedFolder
     from cloq.report import add_quality
+    from cloq.streaming.device import resolve_device
+    from cloq.use.evaluate import Quality, perplexity
 
     out, device = Path(out), resolve_device(device)
     spec = read_run_file(out / RUN_FILE)
@@ -194,7 +194,7 @@ def _base_folder(out: Path) -> Path:
 def export(out: str | Path, form: str, target: str | Path | None = None) -> Path:
     """Writes a finished run's base in another format, by default into `out/model-FORMAT`. `ExportError` if that cannot hold it."""
     from cloq.export import FORMATS, write_model
-    from cloq.store import Store
+    from cloq.streaming.store import Store
 
     if form not in FORMATS:
         raise SpecError(f"unknown format {form!r}; allowed: {', '.join(FORMATS)}")
@@ -224,8 +224,8 @@ def write_settings(spec: Spec, path: Path) -> None:
     """A file that `read_settings` reads: settings, and the versions they were used with."""
     import yaml
 
-    from cloq.manifest import versions
-    from cloq.store import write_atomically, writing
+    from cloq.streaming.manifest import versions
+    from cloq.streaming.store import write_atomically, writing
 
     content = {"cloq": __version__, "settings": spec.to_dict(), "versions": versions()}
     with writing(path.parent):
@@ -281,7 +281,7 @@ def peak_memory(device: torch.device) -> dict[str, int]:
     """Bytes: the process's largest resident set, and what torch held at most on the GPU."""
     import torch
 
-    from cloq.memory import peak_resident
+    from cloq.streaming.memory import peak_resident
 
     peak = {"host": peak_resident()}
     return peak | ({"device": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {})

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 from cloq.api import RUN_FILE, read_run_file
 from cloq.errors import RunError, SpecError
-from cloq.evaluate import Quality
 from cloq.tasks.evaluation import PreparedTasks, answer
 from cloq.tasks.records import is_record, read_records
 from cloq.tasks.score import Difference, Estimate, estimate, paired
 from cloq.tasks.spec import RowResult, TaskScore
+from cloq.use.evaluate import Quality
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -139,9 +139,9 @@ def _distinct(subjects: list[Subject]) -> list[Subject]:
 
 def measure_perplexity(subject: Subject, tokens: Tensor, text: str, device: str, progress: Progress | None = None) -> Outcome:
     """Streamed block by block: base and adapter as their files decode. Every sequence is a row, its value its mean log-likelihood."""
-    from cloq.evaluate import perplexity
     from cloq.export.peft import AdapterFolder
     from cloq.export.read import QuantizedFolder
+    from cloq.use.evaluate import perplexity
 
     decoder = QuantizedFolder(subject.base).decoder(device)
     add_adapter = AdapterFolder(subject.adapter).added_to(decoder) if subject.adapter else None
@@ -161,8 +161,8 @@ def _digest(ids: Tensor) -> str:
 def text_tokens(subject: Subject, text: str, seq_len: int, samples: int | None) -> Tensor:
     """The text in the subject's own tokens, `(sequences, seq_len)`."""
     from cloq.calibration import documents
-    from cloq.evaluate import beginning, evaluation_tokens
     from cloq.models import load_tokenizer
+    from cloq.use.evaluate import beginning, evaluation_tokens
 
     tokenizer = load_tokenizer(subject.base)
     enough = samples * seq_len if samples else None

@@ -179,7 +179,7 @@ class LoraFactors:
 @dataclass(frozen=True)
 class LayerMetrics:
     """What a report needs about one layer. Errors are relative and squared: `‖(W − Ŵ) S‖² / ‖W S‖²` with `S Sᵀ` the Gram matrix and `W` the
-    layer's target, which is the original weight unless it makes up for earlier layers (`cloq.drift`).
+    layer's target, which is the original weight unless it makes up for earlier layers (`cloq.algebra.drift`).
 
     error_quantized / error_corrected: of `Q` and of `Q + B A`, on the calibration tokens.
     heldout_quantized / heldout_corrected: the same on tokens that the solve never saw; `None` without a held-out share.

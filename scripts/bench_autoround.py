@@ -59,11 +59,11 @@ def trained(args: argparse.Namespace, protocol: Protocol, name: str, base: Path,
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    from cloq.evaluate import evaluation_tokens, perplexity
     from cloq.export.peft import AdapterFolder
     from cloq.export.read import QuantizedFolder
     from cloq.models import load_tokenizer, quiet_libraries
-    from cloq.pairing import base_folder
+    from cloq.use.evaluate import evaluation_tokens, perplexity
+    from cloq.use.pairing import base_folder
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)

@@ -24,7 +24,7 @@ PHASES = ("embed", "capture", "solve", "exchange", "propagate", "export")
 def quantize(args: argparse.Namespace) -> None:
     """One of the processes."""
     import cloq
-    from cloq.memory import peak_resident
+    from cloq.streaming.memory import peak_resident
 
     result = cloq.quantize(
         args.model, out=args.out / "out", bits=args.bits, calib=args.calib, calib_samples=args.samples, seq_len=args.seq_len,

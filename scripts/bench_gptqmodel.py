@@ -116,17 +116,17 @@ def main() -> None:
     parser.add_argument("--out", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        from cloq.memory import peak_resident
+        from cloq.streaming.memory import peak_resident
 
         work = quantize_with_gptqmodel if args.child.startswith("gptqmodel") else quantize_with_cloq
         work(args, Path(args.out), **TOOLS[args.child])
         (Path(args.out) / PEAK).write_text(str(peak_resident()))
         return
 
-    from cloq.evaluate import evaluation_tokens, perplexity
     from cloq.export.peft import AdapterFolder
     from cloq.export.read import QuantizedFolder
     from cloq.models import load_tokenizer
+    from cloq.use.evaluate import evaluation_tokens, perplexity
 
     tokens = evaluation_tokens(Path(args.eval).read_text("utf8"), load_tokenizer(Path(args.model)), 1024, args.eval_samples)
     rows = []

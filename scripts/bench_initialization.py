@@ -22,11 +22,12 @@ from pathlib import Path
 
 import torch
 
-from cloq import initializers, linalg, quantizers
+from cloq import initializers, quantizers
+from cloq.algebra import linalg
 from cloq.calibration import calibration_tokens, gram_matrices, shared_inputs
-from cloq.evaluate import evaluation_tokens, sequence_losses
 from cloq.models import Batch, Decoder, load_tokenizer, set_weight
 from cloq.specs import CalibSpec, LoraSpec, QuantSpec
+from cloq.use.evaluate import evaluation_tokens, sequence_losses
 
 BASES = {
     "rtn": {"quantizer": "rtn"},

@@ -21,8 +21,8 @@ from bench_layers import settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cloq.quantizers import columns
-from cloq.solve import solve_layer
 from cloq.specs import layer_spec, run_spec
+from cloq.streaming.solve import solve_layer
 from cloq.types import LayerStats
 
 KERNELS = ("round", "descend", "fit_grid")

@@ -20,8 +20,8 @@ import torch
 
 from cloq.calibration import calibration_tokens, gram_matrices, shared_inputs
 from cloq.models import Decoder, load_tokenizer
-from cloq.solve import solve_layer
 from cloq.specs import CalibSpec, layer_spec, matches, run_spec
+from cloq.streaming.solve import solve_layer
 from cloq.types import LayerMetrics, LayerStats
 
 

@@ -22,7 +22,7 @@ INITS = ("zero", "svd", "loftq", "qera", "eora", "cloq")
 def quantize(args: argparse.Namespace) -> None:
     """The child: one run, or the imports alone."""
     import cloq
-    import cloq.pipeline
+    import cloq.streaming.pipeline
 
     if args.base:
         cloq.quantize(

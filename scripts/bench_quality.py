@@ -100,7 +100,7 @@ class Bench:
         from quality.starts import trainable_model
         from quality.training import losses, train
 
-        from cloq.device import resolve_device
+        from cloq.streaming.device import resolve_device
 
         model = trainable_model(protocol, self._starts.pair(start)).to(resolve_device("auto"))
         before = self._before.get(start.name, protocol)

@@ -41,11 +41,11 @@ def make(args: argparse.Namespace, variant: str, seed: int, out: Path) -> dict[s
 
 
 def quality(args: argparse.Namespace, out: Path) -> dict[str, float]:
-    from cloq.evaluate import evaluation_tokens, perplexity
     from cloq.export.peft import AdapterFolder
     from cloq.export.read import QuantizedFolder
     from cloq.models import load_tokenizer
-    from cloq.store import Store
+    from cloq.streaming.store import Store
+    from cloq.use.evaluate import evaluation_tokens, perplexity
 
     kept = out.parent / "quality.json"
     if kept.exists():

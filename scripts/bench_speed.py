@@ -22,16 +22,17 @@ from unittest import mock
 import torch
 from bench_layers import settings
 
-from cloq import lowrank, pipeline, solve
+from cloq.algebra import lowrank
 from cloq.api import open_decoder, run
 from cloq.calibration import gram, paired
-from cloq.device import resolve_device
 from cloq.initializers import cloq as closed
-from cloq.memory import peak_resident
 from cloq.plan import algebra, plan
 from cloq.plan.work import Machine, Work, measure
 from cloq.quantizers import Gptq, Magr
 from cloq.specs import RunSpec, run_spec
+from cloq.streaming import pipeline, solve
+from cloq.streaming.device import resolve_device
+from cloq.streaming.memory import peak_resident
 
 WHOLE = {"load": "load", "propagate": "propagate", "store": "store", "export": "pack and export", "apply": "apply", "embed": "embed"}
 """Phases of a run that are one part of the table, and what they are called there."""

@@ -18,8 +18,8 @@ from torch import nn
 
 def main() -> None:
     import cloq
-    from cloq.evaluate import evaluation_tokens
     from cloq.models import load_tokenizer, quiet_libraries
+    from cloq.use.evaluate import evaluation_tokens
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")

@@ -16,9 +16,9 @@ from collections import defaultdict
 from pathlib import Path
 
 from cloq.api import open_decoder, read_run_file
-from cloq.layers import plan_layers
-from cloq.store import Store
-from cloq.survey import possible
+from cloq.streaming.layers import plan_layers
+from cloq.streaming.store import Store
+from cloq.streaming.survey import possible
 
 
 def main() -> None:

@@ -76,8 +76,8 @@ def in_child(case: str) -> dict:
 def measure(arguments: argparse.Namespace) -> None:
     import torch
 
-    from cloq.memory import peak_resident
     from cloq.models import quiet_libraries
+    from cloq.streaming.memory import peak_resident
 
     quiet_libraries()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -75,11 +75,6 @@ def _load_everything() -> None:
     import peft  # noqa: F401
     import torch
 
-    import cloq.api
-    import cloq.check
-    import cloq.export
-    import cloq.pipeline
-    import cloq.report  # noqa: F401
     from cloq.models import quiet_libraries
 
     quiet_libraries()

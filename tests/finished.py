@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from cloq.export import FORMATS, write_adapter, write_model
 from cloq.models import Decoder, linear_shape, set_weight
-from cloq.store import Store
+from cloq.streaming.store import Store
 from cloq.types import AnyQuantizedWeight, LayerMetrics, LayerResult, LoraFactors
 from tests.tiny import load_plain, save_tiny
 

@@ -14,7 +14,7 @@ import pytest
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
-        "tests.test_distributed",
+        "tests.streaming.test_distributed",
         *("peft", "bitsandbytes", "cloq.export.peft", "cloq.report.page", "matplotlib.pyplot"),
         *(f"transformers.models.{family}.modeling_{family}" for family in ("llama", "olmoe")),
     ]
@@ -33,7 +33,7 @@ class Outcome(NamedTuple):
 
 
 def several(size: int, work: Callable[..., Any], *args: Any) -> list[Outcome]:
-    """Outcomes by rank. `work` is a function of `tests.test_distributed`; a process that is killed has neither value nor error."""
+    """Outcomes by rank. `work` is a function of `test_distributed`; a process that is killed has neither value nor error."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -15,13 +15,13 @@ import torch
 
 import cloq
 from cloq.api import RUN_FILE, evaluate_tokens, export, read_run_file, run
-from cloq.device import resolve_device
 from cloq.errors import CalibrationError, ExportError, ModelError, RunError, SpecError
 from cloq.export.peft import AdapterFolder
 from cloq.export.read import QuantizedFolder
 from cloq.report import read_report
 from cloq.specs import Rule, RunSpec, run_spec
-from cloq.store import Store
+from cloq.streaming.device import resolve_device
+from cloq.streaming.store import Store
 from tests.tiny import save_tiny
 
 SETTINGS = {"bits": 2, "group_size": 32, "rank": 8, "calib_samples": 6, "seq_len": 48, "heldout": 0.5, "device": "cpu"}

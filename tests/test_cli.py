@@ -190,7 +190,7 @@ def test_a_foreign_folder_is_refused(model, text, tmp_path, capsys):
 
 
 def test_interruption_keeps_finished_blocks_and_says_how_to_continue(model, text, tmp_path, capsys, monkeypatch):
-    from cloq import pipeline
+    from cloq.streaming import pipeline
 
     solve, calls = pipeline.solve_layer, []
 

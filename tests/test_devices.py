@@ -7,10 +7,10 @@ import torch
 
 import cloq
 from cloq.api import evaluate_tokens
-from cloq.device import waiting_device
 from cloq.models import Decoder
 from cloq.plan import plan
 from cloq.specs import LoraSpec, run_spec
+from cloq.streaming.device import waiting_device
 from tests.plan.test_plan import MACHINE
 from tests.pretended import pretended_gpu
 from tests.test_api import digest

@@ -15,47 +15,47 @@ LAYERS = (
     {"errors", "precision"},
     {"types"},
     {"specs"},
-    {"budget"},
     {"linears"},
-    {"linalg"},
-    {"lowrank"},
-    {"drift"},
-    {"packing"},
+    {"algebra.linalg", "algebra.packing"},
+    {"algebra.lowrank"},
+    {"algebra.drift"},
+    {"algebra"},
     {"kernels"},
     {"quantizers"},
     {"initializers"},
-    {"solve"},
     {"calibration"},
     {"models"},
-    {"checksum"},
-    {"store"},
-    {"memory"},
-    {"distributed"},
-    {"capture", "fisher"},
-    {"survey"},
-    {"device", "layers", "manifest"},
-    {"pipeline"},
+    {"streaming.budget", "streaming.checksum", "streaming.solve"},
+    {"streaming.store"},
+    {"streaming.memory"},
+    {"streaming.distributed"},
+    {"streaming.capture", "streaming.fisher"},
+    {"streaming.survey"},
+    {"streaming.device", "streaming.layers", "streaming.manifest"},
+    {"streaming.pipeline"},
+    {"streaming"},
     {"export"},
-    {"frozen", "given", "several_widths"},
-    {"experts_apart"},
-    {"loading", "pairing", "merging", "generating", "check", "evaluate", "report", "plan", "tasks"},
+    {"use.evaluate", "use.frozen", "use.given", "use.several_widths"},
+    {"use.experts_apart", "use.pairing"},
+    {"use.check", "use.merging"},
+    {"use.loading"},
+    {"use.generating"},
+    {"use"},
+    {"report", "plan", "tasks"},
     {"api"},
     {"benchmark", "training"},
     {"cli"},
     {"__main__"},
 )
-"""From the bottom up. A new module gets its line here; one that has none fails the test."""
+"""From the bottom up: modules, and packages for all of theirs that have no line of their own. What has no line fails the test."""
 
 ALGEBRA = (
     "types",
-    "linears",
-    "linalg",
     "precision",
-    "lowrank",
-    "drift",
+    "linears",
+    "algebra",
     "quantizers",
     "initializers",
-    "packing",
     "calibration.gram",
     "calibration.hooks",
 )
@@ -96,7 +96,7 @@ def imports(name: str, executed: bool = False) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             source = ".".join([*base, *([node.module] if node.module else [])])
-            for alias in node.names:  # `from cloq import linalg` imports cloq.linalg, `from cloq.types import X` imports cloq.types
+            for alias in node.names:  # `from cloq import linalg` imports cloq.algebra.linalg, `from cloq.types import X` imports cloq.types
                 inner = f"{source}.{alias.name}"
                 found.add(inner if inner.removeprefix("cloq.") in MODULES else source)
     return found
@@ -109,10 +109,10 @@ def inside(name: str, executed: bool = False) -> set[str]:
 
 
 def layer(name: str) -> int:
-    first = name.split(".")[0]
-    for number, members in enumerate(LAYERS):
-        if first in members:
-            return number
+    places = {member: number for number, members in enumerate(LAYERS) for member in members}
+    for place in (name, name.split(".")[0]):
+        if place in places:
+            return places[place]
     raise AssertionError(f"cloq.{name} has no place in the layers: give it one in {Path(__file__).name}")
 
 

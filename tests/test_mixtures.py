@@ -13,20 +13,20 @@ import torch
 from torch import Tensor
 
 import cloq
-from cloq import capture
 from cloq.api import evaluate_tokens, export, open_decoder
-from cloq.capture import statistics, top_up_experts
-from cloq.check import check
 from cloq.errors import ExportError
 from cloq.export.dense import Dense
 from cloq.export.folder import write_model
 from cloq.models import Decoder, Forwards, Room
 from cloq.models import decoder as decoding
 from cloq.plan import plan
-from cloq.solve import solve_layer
 from cloq.specs import layer_spec, run_spec
-from cloq.store import Store
+from cloq.streaming import capture
+from cloq.streaming.capture import statistics, top_up_experts
+from cloq.streaming.solve import solve_layer
+from cloq.streaming.store import Store
 from cloq.types import LayerStats
+from cloq.use.check import check
 from tests.finished import TOKENS, Finished, finish, logits, needs
 from tests.tiny import load_plain, save_tiny
 

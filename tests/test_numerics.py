@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from cloq.errors import ModelError
-from cloq.solve import solve_layer
 from cloq.specs import INITIALIZER_NAMES, LayerSpec, LoraSpec, QuantSpec
+from cloq.streaming.solve import solve_layer
 from cloq.types import LayerStats
 from tests.problems import KINDS, problem
 

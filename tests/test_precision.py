@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from cloq import drift, lowrank
+from cloq.algebra import drift, lowrank
 from cloq.calibration import gram_matrices
 from cloq.initializers import closed_form
 from cloq.models import Decoder
 from cloq.precision import forward_precision, full_precision
 from cloq.quantizers import gptq
-from cloq.solve import solve_layer
 from cloq.specs import LayerSpec, LoraSpec, QuantSpec
+from cloq.streaming.solve import solve_layer
 from tests.calibration.test_gram import MATMULS, choose, precisions
 from tests.pretended import pretended_gpu
 from tests.problems import problem

@@ -15,7 +15,7 @@ import torch
 import cloq
 from cloq.api import export
 from cloq.models import set_weight
-from cloq.store import Store
+from cloq.streaming.store import Store
 from tests.tiny import load_plain, save_tiny
 
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # the 2, 3 and 8-bit kernels would compile with a C++ compiler

@@ -8,11 +8,11 @@ from contextlib import ExitStack, suppress
 import torch
 from torch import Tensor, nn
 
+from cloq.algebra.drift import Drift
+from cloq.algebra.linalg import all_finite
 from cloq.calibration.gram import GramSums
 from cloq.calibration.hooks import Enough, hooked, inputs_of, muted, once, watching
-from cloq.drift import Drift
 from cloq.errors import ModelError
-from cloq.linalg import all_finite
 from cloq.linears import linear_shape, weight_of
 from cloq.precision import full_precision
 from cloq.types import LayerStats

@@ -11,8 +11,8 @@ import cloq.cli.evaluate
 import cloq.cli.train
 import cloq.cli.use  # noqa: F401 - they add their commands
 from cloq.cli.app import app
-from cloq.distributed import is_first
 from cloq.errors import CloqError, ProcessError
+from cloq.streaming.distributed import is_first
 
 _USAGE = typer.BadParameter.__mro__[2]  # ClickException: typer carries a click of its own or imports one, this names the right class
 INTERRUPTED = 130

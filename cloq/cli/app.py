@@ -10,8 +10,8 @@ import typer
 
 from cloq import __version__
 from cloq.cli.settings import default_out, resolve, with_settings, with_settings_of_factors
-from cloq.distributed import Processes
 from cloq.specs import RunSpec
+from cloq.streaming.distributed import Processes
 
 app = typer.Typer(
     name="cloq",
@@ -128,9 +128,9 @@ def export(
 @app.command()
 def check(out: Run, json: Json = False) -> None:
     """Check that base and adapter are complete, belong together and decode to what was fitted. Exit code 1 if they don't."""
-    from cloq.check import check as findings_of
     from cloq.errors import RunError
     from cloq.models import quiet_libraries
+    from cloq.use.check import check as findings_of
 
     quiet_libraries()
     if not out.is_dir():

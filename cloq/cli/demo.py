@@ -41,8 +41,8 @@ def generate_each(result, prompt: str) -> list[str]:
     """Greedy continuations by the 16-bit model, the packed base, and base with adapter, through the libraries that users load with."""
     import torch
 
-    from cloq.generating import Sampling, generate, prompt_ids, with_each
     from cloq.models import load_tokenizer, locate
+    from cloq.use.generating import Sampling, generate, prompt_ids, with_each
 
     # the packed kernels' compiled path needs a C++ compiler; a short demonstration does without
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")

@@ -132,7 +132,7 @@ def _outcomes(
     """What came of every subject, perplexity and tasks together."""
     from cloq.benchmark import Outcome, answer_tasks, measure_perplexity, text_tokens
     from cloq.cli.progress import counting
-    from cloq.device import resolve_device
+    from cloq.streaming.device import resolve_device
 
     device, found = resolve_device(device), []
     decoded = device == "cpu" if decoded is None else decoded

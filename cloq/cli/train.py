@@ -101,7 +101,7 @@ def train(
 ) -> None:
     """Fine-tune the adapter of a finished run on the packed base. A killed training continues with the same command."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from cloq.distributed import is_first
+    from cloq.streaming.distributed import is_first
 
     try:
         _train(run, to, config, restart, "json" if json else "quiet" if quiet else "bar", settings)
@@ -119,7 +119,7 @@ def _train(run: Path | None, to: Path | None, config: Path | None, restart: bool
     from cloq.models import quiet_libraries
 
     quiet_libraries()
-    from cloq.distributed import is_first
+    from cloq.streaming.distributed import is_first
     from cloq.training.run import run as execute
 
     with progress(mode if is_first() else "quiet", _bar) as emit:

@@ -30,8 +30,8 @@ def merge(
 ) -> None:
     """Write base and adapter as one dense model, which loads and serves like any other."""
     from cloq.cli.progress import counting
-    from cloq.merging import merge as write
     from cloq.models import quiet_libraries
+    from cloq.use.merging import merge as write
 
     quiet_libraries()
     _mention_trained(out, adapter)
@@ -61,8 +61,8 @@ def generate(
     trust_remote_code: TrustCode = False,
 ) -> None:
     """See what base and adapter write, as they write it, through the libraries that you will load them with."""
-    from cloq.generating import Sampling
     from cloq.models import quiet_libraries
+    from cloq.use.generating import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     text = _prompt(prompt, compare)
@@ -106,11 +106,11 @@ class _Talk:
     been found to be good."""
 
     def __init__(self, out: Path, adapter: Path | None, base: Path | None, device: str, trust: bool, sampling, chat: bool):
-        from cloq.device import resolve_device
         from cloq.export.peft import AdapterFolder
         from cloq.export.read import read_config
         from cloq.models import load_config, load_tokenizer, max_positions
-        from cloq.pairing import base_folder
+        from cloq.streaming.device import resolve_device
+        from cloq.use.pairing import base_folder
 
         device = resolve_device(device)
         self.out, self.sampling, self.chat = out, sampling, chat
@@ -127,8 +127,8 @@ class _Talk:
 
     def compare(self, text: str) -> None:
         from cloq.api import RUN_FILE, read_run_file
-        from cloq.generating import with_each
         from cloq.models import locate
+        from cloq.use.generating import with_each
 
         ids, spec = self._ids(text), read_run_file(self.out / RUN_FILE)
 
@@ -159,19 +159,19 @@ class _Talk:
                 messages.append({"role": "assistant", "content": reply})
 
     def _ids(self, prompt: str | list[dict[str, str]]):
-        from cloq.generating import prompt_ids
+        from cloq.use.generating import prompt_ids
 
         return prompt_ids(
             self.tokenizer, [{"role": "user", "content": prompt}] if self.chat and isinstance(prompt, str) else prompt, self.limit
         )
 
     def _load(self):
-        from cloq.loading import load
+        from cloq.use.loading import load
 
         return load(self.out, **self.where, **self.options)
 
     def _say(self, model, ids) -> str:
-        from cloq.generating import generate
+        from cloq.use.generating import generate
 
         reply = generate(model, self.tokenizer, ids, self.sampling, lambda text: print(text, end="", flush=True), self.limit)
         print()

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from cloq import packing
+from cloq.algebra import packing
 from cloq.errors import ExportError
 from cloq.export.format import FLOATS, StoredLayer, TensorSpec, check_pattern
 from cloq.export.gptq import BITS, GptqReader

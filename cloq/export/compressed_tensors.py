@@ -26,7 +26,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cloq import packing
+from cloq.algebra import packing
 from cloq.errors import ExportError
 from cloq.export.format import FLOATS, Contents, ExpertsStored, StoredLayer, TensorSpec, check_pattern
 from cloq.types import AnyQuantizedWeight, QuantizedWeight, WeightLayout

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from cloq.algebra.linalg import all_finite
 from cloq.errors import ExportError
 from cloq.export.format import Contents, ExpertsStored
-from cloq.linalg import all_finite
 from cloq.types import AnyQuantizedWeight
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

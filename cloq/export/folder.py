@@ -23,7 +23,7 @@ from cloq.export.format import Contents, Format
 from cloq.export.read import read_config, reader_of
 from cloq.models import Decoder, is_conv1d
 from cloq.models.experts import fuse
-from cloq.store import Store, write_atomically, write_tensors, writing
+from cloq.streaming.store import Store, write_atomically, write_tensors, writing
 from cloq.types import WeightLayout
 
 SHARD_BYTES = 1 << 30

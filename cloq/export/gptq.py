@@ -14,7 +14,7 @@ the rest of the model is in.
 
 Layers whose width or group size is not that of config.json stand in its `dynamic`, GPTQModel's table of patterns and what is different for
 the modules that they match. GPTQModel and servers read it; transformers does not and fails on such a folder, so `cloq.load` gives each
-layer its width (`cloq.several_widths`).
+layer its width (`cloq.use.several_widths`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from cloq import __version__, packing
+from cloq import __version__
+from cloq.algebra import packing
 from cloq.errors import ExportError
 from cloq.export.format import FLOATS, Contents, ExpertsStored, StoredLayer, TensorSpec, check_pattern
 from cloq.models import is_conv1d

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from cloq.errors import ExportError
 from cloq.export.folder import refuse_other_content, replaced_when_complete
 from cloq.models import Decoder, set_weight
-from cloq.store import Store, write_atomically, write_tensors, writing
+from cloq.streaming.store import Store, write_atomically, write_tensors, writing
 from cloq.types import LoraFactors
 
 WEIGHTS = "adapter_model.safetensors"
@@ -165,7 +165,7 @@ class AdapterFolder:
         return not (self.config.get("rank_pattern") or self.config.get("alpha_pattern"))
 
     def added_to(self, decoder: Decoder) -> Callable[[int, dict[str, nn.Module]], None]:
-        """For `cloq.evaluate.perplexity`: puts `W + delta` into every layer of a block that has factors."""
+        """For `cloq.use.evaluate.perplexity`: puts `W + delta` into every layer of a block that has factors."""
 
         def add(index: int, linears: dict[str, nn.Module]) -> None:
             for name, module in linears.items():

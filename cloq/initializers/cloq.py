@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cloq import lowrank
-from cloq.linalg import all_finite, share
+from cloq.algebra import lowrank
+from cloq.algebra.linalg import all_finite, share
 from cloq.precision import full_precision
 from cloq.quantizers.descent import descend
 from cloq.types import AnyQuantizedWeight, LayerStats, LoraFactors, Quantize, QuantizedWeight

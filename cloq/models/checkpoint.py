@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from cloq.algebra.linalg import all_finite
 from cloq.errors import ModelError
-from cloq.linalg import all_finite
 from cloq.specs import shown
 
 INDEX = "model.safetensors.index.json"

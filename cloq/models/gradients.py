@@ -13,9 +13,9 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
+from cloq.algebra.linalg import all_finite
 from cloq.calibration import hooked
 from cloq.errors import ModelError
-from cloq.linalg import all_finite
 from cloq.linears import linear_shape
 from cloq.models.decoder import Batch, Decoder
 from cloq.precision import forward_precision

@@ -12,14 +12,14 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cloq import survey
-from cloq.memory import spare_memory
 from cloq.models import Decoder
 from cloq.plan import algebra, rounds, storage
 from cloq.plan.forward import BlockForward, block_forwards
 from cloq.plan.work import Machine, Work, measure
 from cloq.report import wording
 from cloq.specs import LayerSpec, RunSpec
+from cloq.streaming import survey
+from cloq.streaming.memory import spare_memory
 
 FASTER, SLOWER = 0.7, 1.6
 """A run that is left alone is expected between these multiples of the estimate. Measured on one busy core, the large phases of
@@ -117,7 +117,7 @@ def plan(spec: RunSpec, decoder: Decoder, machine: Machine | None = None, spare:
 
     Raises what `layers.plan_layers` raises: patterns that name nothing, nothing left to quantize, experts that cannot be taken apart.
     """
-    from cloq.layers import foreseen, plan_layers
+    from cloq.streaming.layers import foreseen, plan_layers
 
     specs = foreseen(spec, plan_layers(spec, decoder), decoder)
     shapes = decoder.linear_shapes()

@@ -6,7 +6,7 @@ times of that routine on one core (GPTQ, eigendecomposition, MagR's prox) and ar
 
 from __future__ import annotations
 
-from cloq import linalg, lowrank
+from cloq.algebra import linalg, lowrank
 from cloq.calibration.gram import PANEL
 from cloq.plan.work import Work
 from cloq.quantizers.columns import INNER
@@ -134,7 +134,7 @@ def gram(columns: int, tokens: int) -> Work:
 
 def drift(rows: int, columns: int, tokens: int, added: bool) -> Work:
     """`Σ (x° − x) xᵀ` over tokens, `(in, in)` and not symmetric; or, of a layer that is added to a stream, `Σ (t° − t) xᵀ`,
-    `(out, in)`, what the layer itself is of it being a product with the Gram matrix; see `cloq.drift`."""
+    `(out, in)`, what the layer itself is of it being a product with the Gram matrix; see `cloq.algebra.drift`."""
     own = 2.0 * rows * columns**2 if added else 0.0
     return Work(products=2.0 * tokens * rows * columns + own, streamed=4.0 * tokens * (2 * rows + columns))
 

@@ -6,15 +6,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cloq.device import waiting_device
 from cloq.export.folder import SHARD_BYTES
-from cloq.fisher import TOKENS
 from cloq.models import Decoder
 from cloq.models.gradients import AT_A_TIME
 from cloq.plan.forward import BlockForward, Part
 from cloq.plan.rounds import kept_bytes
 from cloq.report.record import STORED_ADAPTER_BITS
 from cloq.specs import LayerSpec, QuantSpec, RunSpec
+from cloq.streaming.device import waiting_device
+from cloq.streaming.fisher import TOKENS
 
 Shape = tuple[int, int]
 
@@ -81,7 +81,7 @@ def quantized_bits(shape: Shape, quant: QuantSpec) -> int:
 
 
 def followed_back(spec: RunSpec) -> int:
-    """Tokens whose loss is followed back through the model; see `cloq.fisher`."""
+    """Tokens whose loss is followed back through the model; see `cloq.streaming.fisher`."""
     return spec.calib.seq_len * min(spec.calib.samples, math.ceil(TOKENS / spec.calib.seq_len))
 
 

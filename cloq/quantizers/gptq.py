@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cloq import linalg
+from cloq.algebra import linalg
 from cloq.quantizers import grid
 from cloq.quantizers.columns import fit_grid, round_columns
 from cloq.types import LayerStats, QuantizedWeight

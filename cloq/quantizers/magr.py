@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cloq import linalg
+from cloq.algebra import linalg
 from cloq.types import AnyQuantizedWeight, LayerStats, Quantizer
 
 MARGIN = 1.01

@@ -84,7 +84,7 @@ equal to the rank.
 
 
 def _experts(report: Report) -> bool:
-    from cloq.experts_apart import names_experts
+    from cloq.use.experts_apart import names_experts
 
     return names_experts(report.layers)
 

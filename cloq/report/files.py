@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cloq.errors import RunError
-from cloq.evaluate import Quality
 from cloq.report.record import Report
 from cloq.report.tables import layers_csv
-from cloq.store import write_atomically, writing
+from cloq.streaming.store import write_atomically, writing
 from cloq.tasks.spec import TaskScore
+from cloq.use.evaluate import Quality
 
 REPORT_FILE = "report.json"
 

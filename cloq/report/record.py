@@ -14,12 +14,12 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from cloq import __version__
-from cloq.evaluate import Quality
 from cloq.report import wording
 from cloq.specs import RunSpec
-from cloq.store import LayerSummary
+from cloq.streaming.store import LayerSummary
 from cloq.tasks.spec import TaskScore
 from cloq.types import LayerMetrics, WeightLayout
+from cloq.use.evaluate import Quality
 
 STORED_ADAPTER_BITS = 32
 """cloq writes the factors in float32."""

@@ -8,9 +8,9 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from cloq.evaluate import Quality
 from cloq.report import wording
 from cloq.report.record import STORED_ADAPTER_BITS, Report, place, share_repaired
+from cloq.use.evaluate import Quality
 
 COLUMNS = (
     "name", "block", "kind", "out", "in", "grid", "bits", "group_size", "symmetric", "permuted", "rank",

@@ -170,13 +170,13 @@ class RunSpec(Spec):
     quantized: folder of a base that someone else quantized; its codes are taken as they are and only the factors are found (`cloq init`).
     propagate: what later layers are calibrated on: the outputs of `Q + BA` (`adapter`), of `Q` (`quantized`) or of the original (`dense`).
     sequential: inside a block, later layers see the earlier ones already quantized; otherwise one forward serves the whole block.
-    correction: how much of what the layers before have done wrong each layer is asked to make up for (see `cloq.drift`): `None` for what
-        helps held-out text the most, layer by layer, or a share for all layers; 0 is the published method. Where later layers are
-        calibrated on the original's outputs there is nothing to make up for.
-    fisher: share of what an output counts for CLoQ's factors that is how much the loss depends on it (see `cloq.fisher`); the rest is the
-        same for all. 0 is the published method, and needs no backward pass.
+    correction: how much of what the layers before have done wrong each layer is asked to make up for (see `cloq.algebra.drift`): `None`
+        for what helps held-out text the most, layer by layer, or a share for all layers; 0 is the published method. Where later layers
+        are calibrated on the original's outputs there is nothing to make up for.
+    fisher: share of what an output counts for CLoQ's factors that is how much the loss depends on it (see `cloq.streaming.fisher`); the
+        rest is the same for all. 0 is the published method, and needs no backward pass.
     mean_bits: what weights get on average, of 2, 3 and 4 bits, in place of the width in `quant`; each layer gets what lowers the loss the
-        most (see `cloq.survey`). Layers that share an input, which servers hold as one, get the same width.
+        most (see `cloq.streaming.survey`). Layers that share an input, which servers hold as one, get the same width.
     adaptive_rank: the rank is what layers get on average, in parameters of the factors; each gets what lowers the loss the most.
     device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`. batch_tokens: tokens per forward. activations: where they are between forwards, on the
         device or in host memory; `auto` keeps them on a GPU as far as they leave it room.

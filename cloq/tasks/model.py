@@ -115,8 +115,8 @@ def _name(dtype: torch.dtype) -> str:
 
 def _packed(base: Path, adapter: Path | None, device: str) -> nn.Module:
     """The real libraries. On a CPU without a C++ compiler GPTQ's kernels need `TORCHDYNAMO_DISABLE=1`."""
-    from cloq.check import check_base
-    from cloq.loading import load, load_base, require_libraries
+    from cloq.use.check import check_base
+    from cloq.use.loading import load, load_base, require_libraries
 
     dtype = {"dtype": torch.float32} if torch.device(device).type == "cpu" else {}
     if adapter is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cloq.calibration.local import file_rows
 from cloq.errors import TaskError
-from cloq.store import write_atomically, writing
+from cloq.streaming.store import write_atomically, writing
 from cloq.tasks.spec import RowResult
 
 SUFFIXES = (".jsonl", ".jsonl.gz")

@@ -20,7 +20,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from cloq.store import RunFolder, write_atomically, writing
+from cloq.streaming.store import RunFolder, write_atomically, writing
 
 SEAL = "sealed.json"
 RESULTS = ("adapter_model.safetensors", "adapter_config.json", "README.md", "train.yaml", "training.json")

@@ -6,8 +6,8 @@ import os
 from collections.abc import Callable
 from typing import TypeVar
 
-from cloq.distributed import Processes
 from cloq.errors import TrainingError
+from cloq.streaming.distributed import Processes
 
 T = TypeVar("T")
 

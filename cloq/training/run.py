@@ -16,12 +16,11 @@ from torch import nn
 from transformers import TrainingArguments
 
 from cloq.api import peak_memory, write_settings
-from cloq.distributed import is_first
 from cloq.errors import MissingLibrary, RunError, TrainingError
 from cloq.export.peft import CONFIG, WEIGHTS
-from cloq.loading import load
 from cloq.models import load_tokenizer
-from cloq.store import write_atomically, writing
+from cloq.streaming.distributed import is_first
+from cloq.streaming.store import write_atomically, writing
 from cloq.training.batches import refuse_leaking
 from cloq.training.checkpoints import TrainingFolder
 from cloq.training.examples import Examples, held_out, read_examples
@@ -30,6 +29,7 @@ from cloq.training.spec import TrainSpec
 from cloq.training.start import Start, find_start, prepare
 from cloq.training.teacher import Teacher, find_teacher
 from cloq.training.trainer import AdapterTrainer, Emit
+from cloq.use.loading import load
 
 OPTIMIZERS = {
     "adamw": "adamw_torch", "adamw-8bit": "adamw_bnb_8bit", "paged-adamw": "paged_adamw_32bit", "paged-adamw-8bit": "paged_adamw_8bit",

@@ -7,15 +7,15 @@ from pathlib import Path
 
 from torch import nn
 
-from cloq.check import check_adapter
 from cloq.errors import TrainingError
 from cloq.export.peft import AdapterFolder
 from cloq.export.read import QuantizedFolder
-from cloq.loading import require_libraries
-from cloq.manifest import versions
 from cloq.models import load_config, max_positions
-from cloq.pairing import base_folder, refuse_another_base
+from cloq.streaming.manifest import versions
 from cloq.training.spec import TrainSpec
+from cloq.use.check import check_adapter
+from cloq.use.loading import require_libraries
+from cloq.use.pairing import base_folder, refuse_another_base
 
 
 @dataclass(frozen=True)

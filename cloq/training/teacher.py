@@ -33,7 +33,7 @@ class Teacher:
 
     def load(self, **kwargs: Any) -> nn.Module:
         """Frozen. kwargs: of `from_pretrained`."""
-        from cloq.loading import load_base
+        from cloq.use.loading import load_base
 
         return load_base(self.folder, **kwargs).eval().requires_grad_(False)
 

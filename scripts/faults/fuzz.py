@@ -233,7 +233,7 @@ def tokenizer(bench: Bench, draw: random.Random, folder: Path) -> None:
 
 def exported(bench: Bench, draw: random.Random, folder: Path) -> None:
     """A file of a finished run's base or adapter is damaged: `cloq check` says so or finds it sound, and never falls over."""
-    from cloq.check import check
+    from cloq.use.check import check
 
     out = shutil.copytree(bench.finished, folder / "out")
     path = draw.choice(

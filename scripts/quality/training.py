@@ -18,8 +18,8 @@ EVALUATED = ("valid", "test")
 
 def read_texts(protocol: Protocol) -> dict[str, Tensor]:
     """Token sequences `(sequences, length)` of the training, validation and test text."""
-    from cloq.evaluate import evaluation_tokens
     from cloq.models import load_tokenizer, locate
+    from cloq.use.evaluate import evaluation_tokens
 
     tokenizer = load_tokenizer(locate(protocol.model))
 

@@ -11,12 +11,12 @@ import re
 import pytest
 import torch
 
-from cloq import packing
-from cloq.check import check_base
+from cloq.algebra import packing
 from cloq.errors import ExportError
 from cloq.export.read import QuantizedFolder, reader_of
-from cloq.loading import require_libraries
 from cloq.quantizers import Rtn
+from cloq.use.check import check_base
+from cloq.use.loading import require_libraries
 from tests.finished import Finished, edit_json, edit_tensors, finish, logits, needs, streamed_logits
 
 CONFIG = {"quant_method": "auto-round", "data_type": "int", "block_name_to_quantize": "model.layers", "iters": 200}

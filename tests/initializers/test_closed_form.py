@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cloq import closed_form, lowrank
+from cloq import closed_form
+from cloq.algebra import lowrank
 from cloq.initializers import SPLITS, Cloq
 from cloq.quantizers import Gptq, Rtn
 from tests.problems import KINDS, LARGE_SHAPES, SHAPES, optimum, output_error, problem, rounding

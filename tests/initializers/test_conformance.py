@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from cloq import linalg
+from cloq.algebra import linalg
 from cloq.initializers import INITIALIZERS, from_spec
 from cloq.quantizers import Gptq, Magr, Nf4, Rtn
 from cloq.specs import INITIALIZER_NAMES, LoraSpec

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cloq import lowrank
+from cloq.algebra import lowrank
 from cloq.initializers import Cloq, Eora, Loftq, Pissa, Qera, Svd, Zero, closed_form
 from cloq.initializers.cloq import KEPT, SHRINKAGE, size_left
 from cloq.quantizers import Gptq, Nf4, Rtn

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from cloq.calibration import gram_matrices, topped_up
 from cloq.errors import ModelError, SpecError
-from cloq.layers import plan_layers
 from cloq.models import Decoder, is_linear
 from cloq.models import decoder as decoding
 from cloq.models.experts import ExpertLayer, Experts, experts_of, fuse, rounds, unfuse
 from cloq.models.origins import Slice
 from cloq.specs import Rule, run_spec
+from cloq.streaming.layers import plan_layers
 from cloq.types import LayerStats
 from tests.tiny import load_plain, save_tiny, tiny_model
 

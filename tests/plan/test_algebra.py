@@ -6,11 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from cloq import lowrank
+from cloq.algebra import lowrank
 from cloq.plan import algebra
 from cloq.plan.work import Machine, Work, measure
-from cloq.solve import solve_layer
 from cloq.specs import LayerSpec, LoraSpec, QuantSpec
+from cloq.streaming.solve import solve_layer
 from cloq.types import LayerStats
 
 SHAPES = [(96, 160), (160, 96), (224, 96)]

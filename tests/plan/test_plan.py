@@ -4,7 +4,6 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from cloq import pipeline
 from cloq.calibration import CalibrationTokens
 from cloq.errors import SpecError
 from cloq.export import FORMATS, write_adapter, write_model
@@ -14,7 +13,8 @@ from cloq.plan.storage import quantized_bits
 from cloq.plan.work import Machine, Work
 from cloq.quantizers import from_spec
 from cloq.specs import QuantSpec, run_spec
-from cloq.store import Store
+from cloq.streaming import pipeline
+from cloq.streaming.store import Store
 from cloq.types import LayerStats
 from tests.tiny import save_tiny
 

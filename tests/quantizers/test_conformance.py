@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from cloq import linalg
+from cloq.algebra import linalg
 from cloq.errors import ModelError
 from cloq.quantizers import QUANTIZERS, Gptq, Magr, Nf4, Rtn, from_spec
 from cloq.specs import BITS, GROUP_SIZES, QUANTIZER_NAMES, QuantSpec

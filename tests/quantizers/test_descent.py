@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from cloq import linalg
+from cloq.algebra import linalg
 from cloq.quantizers import Gptq, Rtn, descend
 from tests.problems import KINDS, SHAPES, output_error, problem
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from cloq import linalg
+from cloq.algebra import linalg
 from cloq.quantizers import Gptq, Rtn, columns, gptq, grid
 from cloq.types import LayerStats, QuantizedWeight
 from tests.problems import KINDS, LARGE_SHAPES, SHAPES, output_error, problem

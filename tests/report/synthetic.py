@@ -6,11 +6,11 @@ import math
 import random
 from collections.abc import Sequence
 
-from cloq.evaluate import Quality
 from cloq.report import Report
 from cloq.specs import RunSpec, run_spec
-from cloq.store import LayerSummary
+from cloq.streaming.store import LayerSummary
 from cloq.types import LayerMetrics, WeightLayout
+from cloq.use.evaluate import Quality
 
 LLAMA = {"self_attn.q_proj": (96, 64), "self_attn.k_proj": (32, 64), "mlp.up_proj": (160, 64), "mlp.down_proj": (64, 160)}
 

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cloq.evaluate import Quality
 from cloq.report.record import Report, cumulative_shares, place, share_repaired, stored_spectrum
 from cloq.specs import run_spec
+from cloq.use.evaluate import Quality
 from tests.report import synthetic
 
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cloq.evaluate import Quality
 from cloq.report import quality_lines, summary_lines, wording
 from cloq.report.tables import COLUMNS, damage_repaired, layers_csv
+from cloq.use.evaluate import Quality
 from tests.report import synthetic
 
 

@@ -1,0 +1,31 @@
+"""The device that a run is asked to use, and where its activations are."""
+
+from __future__ import annotations
+
+import torch
+
+from cloq.errors import SpecError
+from cloq.specs import RunSpec, shown
+from cloq.streaming.memory import where_there_is_room
+
+
+def resolve_device(name: str) -> str:
+    """`auto` → `cuda` where there is one, else `cpu`; a GPU that was asked for and is not there is a `SpecError`."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind, number = torch.device(name).type, torch.device(name).index or 0
+    except RuntimeError as error:
+        raise SpecError(f"device is {shown(name)}; allowed: auto, cpu, cuda, cuda:1, mps") from error
+    available = {"cpu": True, "cuda": number < torch.cuda.device_count(), "mps": torch.backends.mps.is_available()}
+    if not available.get(kind, False):
+        have = ", ".join(k for k, ok in available.items() if ok)
+        raise SpecError(f"device {name!r} is not available here (there is: {have}); use --device auto, or install the torch build for it")
+    return name
+
+
+def waiting_device(spec: RunSpec, device: torch.device, size: int) -> torch.device:
+    """Where activations of so many bytes are between forwards: as the run asks for, or where there is room."""
+    if spec.activations == "auto":
+        return where_there_is_room(size, device)
+    return torch.device("cpu") if spec.activations == "host" else device
