@@ -120,7 +120,8 @@ def _run(
         exporting = time.perf_counter()
         if given is None:
             write_model(decoder, store, FORMATS[form](), store.out / "model")
-        write_adapter(store, str(base), decoder.all_linears(), store.out / "adapter")
+        scale = spec.lora.scale_on(given=given is not None)
+        write_adapter(store, str(base), decoder.all_linears(), store.out / "adapter", scale)
         write_run_file(spec, store.out)
         tee("phase", {"phase": "export", "seconds": time.perf_counter() - exporting})
         result = RunResult(store.out, spec, store.summaries(), time.perf_counter() - started, phases, base)

@@ -99,7 +99,7 @@ def test_check_passes_on_a_finished_run_and_fails_on_a_broken_one(finished, tmp_
     broken = tmp_path / "broken"
     shutil.copytree(finished, broken)
     config = broken / "adapter/adapter_config.json"
-    config.write_text(config.read_text().replace('"lora_alpha": 4', '"lora_alpha": 8'))
+    config.write_text(config.read_text().replace('"lora_alpha": 0.25', '"lora_alpha": 8'))
     capsys.readouterr()
     assert main(["check", str(broken)]) == 1
     assert "FAIL" in capsys.readouterr().out

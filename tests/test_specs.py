@@ -345,3 +345,12 @@ def test_the_correction_is_chosen_where_it_is_not_given():
     assert not run_spec(propagate="dense", heldout=0.0).chooses_correction and run_spec(correction=0.5, heldout=0.0).corrects
     with pytest.raises(SpecError, match=r"chosen on held-out text, and heldout is 0; give .* --heldout 0\.125, or .* --correction 0\.5"):
         run_spec(heldout=0.0)
+
+
+@pytest.mark.parametrize(
+    "asked, base_is_given, scale",
+    [({}, False, 1 / 16), ({}, True, 1.0), ({"rounds": 0}, False, 1.0), ({"split": "paper"}, False, 1.0), ({"init": "qera"}, False, 1.0)],
+    ids=str,
+)
+def test_factors_that_hold_most_of_the_weight_get_a_smaller_scale(asked, base_is_given, scale):
+    assert LoraSpec(**asked).scale_on(base_is_given) == scale

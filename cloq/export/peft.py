@@ -1,6 +1,7 @@
 """The adapter as an ordinary PEFT folder: adapter_config.json and adapter_model.safetensors.
 
-`lora_alpha = r` and no rank-stabilised scaling, so that PEFT multiplies by 1 and the product is the one that was fitted.
+`lora_alpha / r` is the scale that is asked for, without rank stabilisation, and the factors are larger by its inverse root, so that what
+PEFT computes is the product that was fitted, to the last bit. The file of the factors says in its metadata which scale that is.
 `init_lora_weights` is true: any name there would make PEFT initialise again, and servers refuse it.
 """
 
@@ -27,24 +28,27 @@ from cloq.types import LoraFactors
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 _PREFIX, _A, _B, _BASE = "base_model.model.", ".lora_A.weight", ".lora_B.weight", ".base_layer.weight"
+_SCALE = "scale"
 
 
-def write_adapter(store: Store, base: str, modules: Iterable[str], target: Path) -> Path:
+def write_adapter(store: Store, base: str, modules: Iterable[str], target: Path, scale: float = 1.0) -> Path:
     """Writes the factors of a finished store, as float32.
 
     base: what `base_model_name_or_path` says. modules: full names of every module of the model that could be taken for a target,
     at least all linear layers; short target names (`q_proj`) are used where they pick the layers with factors and no other.
+    scale: `lora_alpha / r` of every layer, a power of 4, which rounds nothing. The smaller, the less a step of training moves the outputs.
     """
+    larger = scale**-0.5
     ranks = {name: summary.metrics.rank for name, summary in store.summaries().items()}
     tensors: dict[str, Tensor] = {}
     for index in range(store.finished()):
         for name, result in store.read(index).items():
-            tensors[f"{_PREFIX}{name}{_A}"] = result.factors.A.contiguous()
-            tensors[f"{_PREFIX}{name}{_B}"] = result.factors.B.contiguous()
+            tensors[f"{_PREFIX}{name}{_A}"] = (larger * result.factors.A).contiguous()
+            tensors[f"{_PREFIX}{name}{_B}"] = (larger * result.factors.B).contiguous()
     with writing(target.parent), replaced_when_complete(target) as folder:
-        lora_config(ranks, base, modules).save_pretrained(folder)
+        lora_config(ranks, base, modules, scale).save_pretrained(folder)
         _sort_sets(folder / CONFIG)
-        write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
+        write_tensors(folder / WEIGHTS, tensors, {"format": "pt", _SCALE: repr(scale)})
     return target
 
 
@@ -67,7 +71,7 @@ def write_one_rank(adapter: AdapterFolder, target: Path, own: bool = False) -> P
     config = {**adapter.config, **plain}
     with writing(target.parent), replaced_when_complete(target) as folder:
         write_atomically(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
-        write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
+        write_tensors(folder / WEIGHTS, tensors, {"format": "pt", _SCALE: repr(1.0)})
     return target
 
 
@@ -78,7 +82,7 @@ def _sort_sets(path: Path) -> None:
     write_atomically(path, (json.dumps(values, indent=2) + "\n").encode())
 
 
-def lora_config(ranks: dict[str, int], base: str, modules: Iterable[str]):
+def lora_config(ranks: dict[str, int], base: str, modules: Iterable[str], scale: float = 1.0):
     """The `peft.LoraConfig` for factors of the given ranks; the commonest rank is `r`, others stand in `rank_pattern`."""
     from peft import LoraConfig
 
@@ -87,10 +91,10 @@ def lora_config(ranks: dict[str, int], base: str, modules: Iterable[str]):
     other = {re.escape(name): r for name, r in ranks.items() if r != rank}  # PEFT reads the keys as patterns
     return LoraConfig(
         r=rank,
-        lora_alpha=rank,
+        lora_alpha=_alpha(rank, scale),
         target_modules=sorted(_targets(ranks, modules)),
         rank_pattern=other,
-        alpha_pattern=dict(other),
+        alpha_pattern={name: _alpha(r, scale) for name, r in other.items()},
         lora_dropout=0.0,
         bias="none",
         use_rslora=False,
@@ -100,6 +104,12 @@ def lora_config(ranks: dict[str, int], base: str, modules: Iterable[str]):
         base_model_name_or_path=base,
         inference_mode=True,
     )
+
+
+def _alpha(rank: int, scale: float) -> float:
+    """A whole number where it is one, which is all that some readers expect."""
+    alpha = rank * scale
+    return int(alpha) if alpha == int(alpha) else alpha
 
 
 def _targets(ranks: dict[str, int], modules: Iterable[str]) -> set[str]:
@@ -158,6 +168,14 @@ class AdapterFolder:
         """What PEFT multiplies a layer's `B A` by."""
         rank, alpha = self.rank_and_alpha(name)
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+    @property
+    def fitted_scale(self) -> float | None:
+        """That with which the product is the one that was fitted, where the file says so: libraries that train it do not keep the word."""
+        try:
+            return float((self._file.metadata() or {})[_SCALE])
+        except (KeyError, ValueError):
+            return None
 
     @property
     def of_one_rank(self) -> bool:

@@ -78,8 +78,8 @@ model = PeftModel.from_pretrained(base, "adapter", is_trainable=True)  # without
 
 The same through cloq: `model = cloq.load("."{argument}, trainable=True)`.
 {note}
-The adapter belongs to this base and its initialization is part of the result: do not reinitialize it, and keep `lora_alpha`
-equal to the rank.
+The adapter belongs to this base and its initialization is part of the result: do not reinitialize it, and keep `r` and
+`lora_alpha` as they are.
 """
 
 
@@ -114,8 +114,8 @@ model = cloq.load("."{argument}, trainable=True)  # a peft.PeftModel, for Traine
 
 {why}
 {note}
-The adapter belongs to this base and its initialization is part of the result: do not reinitialize it, and keep `lora_alpha`
-equal to the rank.
+The adapter belongs to this base and its initialization is part of the result: do not reinitialize it, and keep `r` and
+`lora_alpha` as they are.
 """
 
 

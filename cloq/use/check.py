@@ -229,7 +229,9 @@ def _fits(adapter: AdapterFolder, base: Path) -> Iterator[Finding]:
     yield _finding("adapter: factors for every quantized layer", bare, "without; use the base it was made for")
     yield _finding("adapter: factors in the shapes of their layers", found.misshapen, _AGAIN)
     if not found.missing and not found.misshapen:
-        yield _finding("adapter: factors multiplied by 1 (alpha / r), finite", sorted(_changed_product(adapter, found.modules)), _AGAIN)
+        yield _finding(
+            "adapter: factors finite, multiplied by what they were made for", sorted(_changed_product(adapter, found.modules)), _AGAIN
+        )
 
 
 def _belongs(stated: str | None, base: Path) -> Finding:
@@ -256,13 +258,14 @@ def _as_fitted(adapter: AdapterFolder, store: Store) -> Finding:
     probes = list(_stored_probes(store))
     if not probes:
         return Finding(True, "adapter: no stored blocks (.cloq) left to compare with")
-    differing = [name for name, result in probes if not _equal(adapter.read(name), result.factors)]
+    differing = [name for name, result in probes if not _equal(adapter.read(name), result.factors, adapter.scale(name))]
     remedy = "differ from the run's: trained since, or of another run; for the initial ones run the same cloq quantize command"
     return _finding(f"adapter: factors of {len(probes)} layers are the fitted ones", differing, remedy)
 
 
-def _equal(one: LoraFactors, other: LoraFactors) -> bool:
-    return torch.equal(one.A, other.A) and torch.equal(one.B, other.B)
+def _equal(one: LoraFactors, other: LoraFactors, scale: float) -> bool:
+    """Whether one's product times scale, which its factors share, is the other's."""
+    return all(torch.equal(x * scale**0.5, y) for x, y in ((one.A, other.A), (one.B, other.B)))
 
 
 def _check_settings(config: dict[str, Any]) -> Iterator[Finding]:
@@ -277,8 +280,8 @@ def _changed_product(adapter: AdapterFolder, names: Iterable[str]) -> Iterator[s
     """Layers that compute with something else than the product that was fitted."""
     for name in names:
         factors, (rank, alpha) = adapter.read(name), adapter.rank_and_alpha(name)
-        if alpha != rank:
-            yield f"{name} is multiplied by alpha / r = {alpha} / {rank}"
+        if adapter.fitted_scale not in (None, alpha / rank):
+            yield f"{name} is multiplied by alpha / r = {alpha} / {rank}, not by {adapter.fitted_scale:g}"
         elif not (all_finite(factors.A) and all_finite(factors.B)):
             yield f"{name} holds NaN or Inf"
 

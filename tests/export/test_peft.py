@@ -55,6 +55,26 @@ def test_several_ranks(tmp_path):
     assert_peft_gives(run, base, adapter)
 
 
+def test_a_scale_changes_the_steps_of_training_and_no_bit_of_the_product(tmp_path):
+    run = finish("llama", tmp_path, rtn, rank=lambda name: 2 if "q_proj" in name else 4)
+    base = run.export("dense", dtype="float32")
+    plain = AdapterFolder(run.adapter(base))
+    folder = write_adapter(run.store, str(base.resolve()), run.decoder.all_linears(), tmp_path / "scaled", scale=1 / 16)
+    config, scaled = config_of(folder), AdapterFolder(folder)
+    assert config["r"] == 4 and config["lora_alpha"] == 0.25 and set(config["alpha_pattern"].values()) == {0.125}
+    assert (plain.fitted_scale, scaled.fitted_scale) == (1.0, 1 / 16)
+    for name in run.results:
+        assert torch.equal(scaled.read(name).A, 4 * plain.read(name).A) and torch.equal(scaled.read(name).B, 4 * plain.read(name).B)
+        assert scaled.scale(name) == 1 / 16 and torch.equal(scaled.delta(name), plain.delta(name))
+    assert_peft_gives(run, base, folder)
+
+
+@pytest.mark.parametrize("rank, alpha", [(64, 4), (4, 0.25)])
+def test_a_whole_alpha_is_written_as_one(rank, alpha):
+    found = lora_config({"layer": rank}, "base", ["layer"], 1 / 16).lora_alpha
+    assert found == alpha and type(found) is type(alpha)
+
+
 @pytest.mark.parametrize("stabilised", [False, True])
 def test_one_rank_for_all_layers_is_the_same_adapter(stabilised, tmp_path):
     """Scales that differ from layer to layer go into B, since nothing is left in the configuration to say them."""
