@@ -12,7 +12,7 @@ import cloq
 out, data = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(f"{out}/model")
 model = cloq.load(out, trainable=True).train()
-optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4)
+optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=2e-4)
 for line in Path(data).read_text("utf8").splitlines():
     text = json.loads(line)["text"] + tokenizer.eos_token
     ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=512).input_ids.to(model.device)

@@ -23,7 +23,7 @@ arguments = TrainingArguments(
     f"{out}/checkpoints",
     num_train_epochs=1,
     per_device_train_batch_size=4,
-    learning_rate=1e-4,
+    learning_rate=2e-4,
     lr_scheduler_type="cosine",
     report_to="none",
 )

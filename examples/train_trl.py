@@ -14,7 +14,7 @@ arguments = SFTConfig(
     f"{out}/checkpoints",
     num_train_epochs=1,
     per_device_train_batch_size=4,
-    learning_rate=1e-4,
+    learning_rate=2e-4,
     max_length=512,
     bf16=torch.cuda.is_available(),  # TRL's default is true, which a CPU refuses
     report_to="none",

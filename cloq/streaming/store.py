@@ -345,8 +345,20 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
             save_file(tensors, temporary, metadata)
         except SafetensorError as error:  # which is how the library reports a full disk
             raise OSError(str(error).removeprefix("Error while serializing: ")) from error
+        _sort_metadata(temporary)
         if finish is not None:
             finish(temporary)
+
+
+def _sort_metadata(path: Path) -> None:
+    """safetensors writes metadata in an order that changes from process to process; equal runs write equal bytes."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        file.seek(8)
+        file.write(text.ljust(length))
 
 
 @contextlib.contextmanager

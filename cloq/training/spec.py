@@ -66,7 +66,7 @@ class TrainSpec(Spec):
     steps: int | None = None
     batch_size: int = 8
     accumulation: int = 1
-    lr: float = 1e-4
+    lr: float = 2e-4
     schedule: str = "cosine"
     warmup: float = 0.03
     weight_decay: float = 0.0
