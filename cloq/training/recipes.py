@@ -1,10 +1,11 @@
 """Where to start: settings by task family and bit width.
 
 The first two families are the protocols that the papers of this field share (learning rate, epochs, sequences per step, sequence
-length, weight decay, warm-up, schedule), with the lower learning rate at 2 bits; `instruct` is what is usual for instruction data. They
-are starting points from the literature but for dropout, which was chosen there for factors that start at zero. Here the factors hold the
-largest part of what the layers compute from the first step: dropping some of their inputs ruins the model at any width, so that no recipe
-does (docs/training.md has the numbers). Rates are LoRA's: adapters are exported at a scale that makes them right.
+length, warm-up, schedule), with the lower learning rate at 2 bits; `instruct` is what is usual for instruction data. They
+are starting points from the literature but for dropout and weight decay, which were chosen there for factors that start at zero. Here the
+factors hold the largest part of what the layers compute from the first step: dropping some of their inputs ruins the model at any width,
+and shrinking them shrinks the weights, so that no recipe does (docs/training.md has the numbers). Rates are LoRA's: adapters are exported
+at a scale that makes them right.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ WIDTHS = (2, 3, 4)
 FAMILIES: dict[str, dict[str, Any]] = {
     "wikitext2": {
         "data": "wikitext2", "packing": "stream", "seq_len": 1024, "epochs": 3.0, "batch_size": 8, "accumulation": 8,
-        "schedule": "cosine", "warmup": 0.03, "weight_decay": 0.1,
+        "schedule": "cosine", "warmup": 0.03, "weight_decay": 0.0,
     },
     "gsm8k": {
         "completion_only": True, "seq_len": 512, "epochs": 6.0, "batch_size": 8, "accumulation": 2,
-        "schedule": "cosine", "warmup": 0.03, "weight_decay": 0.1,
+        "schedule": "cosine", "warmup": 0.03, "weight_decay": 0.0,
     },
     "instruct": {
         "completion_only": True, "seq_len": 1024, "epochs": 2.0, "batch_size": 8, "accumulation": 4,

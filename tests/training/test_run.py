@@ -66,7 +66,7 @@ def test_the_settings_file_repeats_the_run(out, rows, tmp_path):
     from cloq.training.run import run
 
     first = cloq.train(out, data=str(rows), to=tmp_path / "first", recipe="gsm8k", **QUICK)
-    assert first.spec.recipe == "gsm8k-2bit" and first.spec.weight_decay == 0.1 and first.spec.lr == QUICK["lr"]
+    assert first.spec.recipe == "gsm8k-2bit" and first.spec.accumulation == 2 and first.spec.lr == QUICK["lr"]
     again = run(resolve(None, tmp_path / "first/train.yaml", {}), tmp_path / "again")
     assert factors(first.adapter).keys() == factors(again.adapter).keys() and distance(factors(first.adapter), factors(again.adapter)) == 0
 
