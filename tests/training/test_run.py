@@ -15,9 +15,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Trainer
 
 import cloq
+from cloq.api import write_run_file
 from cloq.errors import ExportError, TrainingError
 from cloq.models import load_tokenizer
-from cloq.training import TrainSpec
+from cloq.report import Report, write_report
+from cloq.specs import run_spec
+from cloq.training import TrainSpec, resolve
 from cloq.training.batches import IGNORED
 from cloq.training.examples import read_examples
 from cloq.training.start import refuse_frozen
@@ -62,13 +65,37 @@ def test_it_starts_from_the_fitted_factors(out, rows, tmp_path):
 
 @gptq
 def test_the_settings_file_repeats_the_run(out, rows, tmp_path):
-    from cloq.training import resolve
     from cloq.training.run import run
 
     first = cloq.train(out, data=str(rows), to=tmp_path / "first", recipe="gsm8k", **QUICK)
     assert first.spec.recipe == "gsm8k-2bit" and first.spec.weight_decay == 0.1 and first.spec.lr == QUICK["lr"]
     again = run(resolve(None, tmp_path / "first/train.yaml", {}), tmp_path / "again")
     assert factors(first.adapter).keys() == factors(again.adapter).keys() and distance(factors(first.adapter), factors(again.adapter)) == 0
+
+
+def recipe_for(out: Path, **settings) -> str:
+    return resolve(out, None, {"data": "rows.jsonl", "recipe": "gsm8k"} | settings).recipe
+
+
+def test_a_recipe_takes_the_width_of_a_base_elsewhere(tmp_path):
+    """As after `cloq init`: the adapter alone names it."""
+    out = tiny_run(tmp_path, 3).store.out
+    shutil.move(out / "model", tmp_path / "elsewhere")
+    edit_json(out / "adapter/adapter_config.json", lambda c: c.update(base_model_name_or_path=str(tmp_path / "elsewhere")))
+    assert recipe_for(out) == "gsm8k-3bit"
+    adapter = shutil.move(out / "adapter", tmp_path / "adapter")
+    assert recipe_for(out, adapter=str(adapter)) == "gsm8k-3bit"
+    with pytest.raises(TrainingError, match="has no adapter"):
+        recipe_for(out)
+
+
+def test_a_recipe_takes_the_width_that_a_dense_base_was_rounded_to(tmp_path):
+    run = tiny_run(tmp_path, 2, "dense")
+    out, spec = run.store.out, run_spec(model=str(run.decoder.folder), bits=3)  # the layers are at 2, as where rules say so
+    write_run_file(spec, out)
+    assert recipe_for(out) == "gsm8k-3bit"
+    write_report(out, Report(spec, run.store.summaries(), 1.0, {}))
+    assert recipe_for(out) == recipe_for(out, base=str(out / "model")) == "gsm8k-2bit"
 
 
 @gptq
