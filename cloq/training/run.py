@@ -276,6 +276,7 @@ def _report(spec: TrainSpec, start: Start, trainer: AdapterTrainer, counts: dict
 
 def _write(spec: TrainSpec, start: Start, folder: TrainingFolder, model: nn.Module, report: dict[str, Any]) -> dict[str, Any]:
     """The result, each file whole; training.json last, which says that it is complete."""
+    report = report | {"manifest": folder.manifest()}
     work = folder.folder / "result"
     config = model.peft_config[model.active_adapter]
     config.base_model_name_or_path = str(start.base)
