@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
@@ -48,6 +49,14 @@ class AdapterTrainer(Trainer):
         return time.perf_counter() - self._started
 
     # -- training ------------------------------------------------------------------------------------------------------
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        """transformers' schedule, whose warm-up would begin with a step of rate zero, with one whose k-th of w steps has k / w of the rate."""
+        if self.lr_scheduler is None:
+            theirs = super().create_scheduler(num_training_steps, optimizer)
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            self.lr_scheduler = LambdaLR(theirs.optimizer, [_warmed_up(rate, warmup) for rate in theirs.lr_lambdas])
+        return self.lr_scheduler
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch=None) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -149,6 +158,11 @@ class _Rhythm(TrainerCallback):
         control.should_save = unfinished and not self._spec.save_every
         control.should_evaluate = unfinished and self._evaluates and not self._spec.eval_every
         return control
+
+
+def _warmed_up(rate: Callable[[int], float], warmup: int) -> Callable[[int], float]:
+    """The share of the rate after so many steps, from transformers' own."""
+    return lambda done: (done + 1) / warmup if done < warmup else rate(done)
 
 
 def _due(step: int, every: int) -> bool:

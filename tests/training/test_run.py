@@ -63,6 +63,24 @@ def test_it_starts_from_the_fitted_factors(out, rows, tmp_path):
     assert distance(factors(out / "adapter"), factors(trained.adapter)) < 1e-10
 
 
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        ("constant", [1 / 3, 2 / 3, 1, 1, 1, 1]),
+        ("linear", [1 / 3, 2 / 3, 1, 1, 2 / 3, 1 / 3]),
+        ("cosine", [1 / 3, 2 / 3, 1, 1, 3 / 4, 1 / 4]),
+    ],
+)
+def test_every_step_has_a_rate(dense, rows, tmp_path, schedule, rates):
+    trained = cloq.train(dense, data=str(rows), to=tmp_path / "to", **QUICK | {"steps": 6, "warmup": 0.5, "schedule": schedule})
+    assert [entry["learning_rate"] / QUICK["lr"] for entry in trained.report["steps"]] == pytest.approx(rates)
+
+
+def test_a_single_step_trains(dense, rows, tmp_path):
+    trained = cloq.train(dense, data=str(rows), to=tmp_path / "to", **QUICK | {"steps": 1})
+    assert distance(factors(dense / "adapter"), factors(trained.adapter)) > 0.1 * QUICK["lr"]
+
+
 @gptq
 def test_the_settings_file_repeats_the_run(out, rows, tmp_path):
     from cloq.training.run import run
