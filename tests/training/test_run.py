@@ -239,6 +239,34 @@ def test_a_loss_that_is_no_number_ends_it_and_keeps_the_last_checkpoint(out, row
     assert len(cloq.train(out, data=str(rows), to=tmp_path / "to", **QUICK | {"steps": 6, "save_every": 2}).losses) == 6
 
 
+def test_without_a_checkpoint_none_is_promised(dense, rows, tmp_path, monkeypatch):
+    step, calls = Trainer.training_step, []
+    monkeypatch.setattr(Trainer, "training_step", lambda *a, **k: step(*a, **k) * (float("nan") if calls else calls.append(1) or 1))
+    with pytest.raises(TrainingError, match=r"the loss of step 2 is not a finite number.*no checkpoint yet.*lower --lr"):
+        cloq.train(dense, data=str(rows), to=tmp_path / "to", **QUICK)
+
+
+@pytest.mark.parametrize(("settings", "where"), [({}, "loss of step 1"), ({"eval_share": 0.2}, "evaluation loss before the first step")])
+def test_a_broken_start_is_called_one(dense, rows, tmp_path, settings, where):
+    adapter = shutil.copytree(dense / "adapter", tmp_path / "adapter")
+    edit_tensors(adapter / "adapter_model.safetensors", lambda t: next(iter(t.values())).fill_(1e38))
+    events = []
+    with pytest.raises(
+        TrainingError, match=rf"the {where} is not a finite number.*no learning rate helps.*factors that are too large.*cloq check"
+    ):
+        cloq.train(
+            dense, data=str(rows), to=tmp_path / "to", adapter=str(adapter), emit=lambda event, _: events.append(event), **QUICK | settings
+        )
+    assert events == ["start"]
+
+
+def test_a_weight_of_the_start_that_is_no_number_is_named(rows, tmp_path):
+    out = tiny_run(tmp_path, form="dense").store.out
+    edit_tensors(out / "model/model.safetensors", lambda t: t["model.norm.weight"].fill_(float("nan")))
+    with pytest.raises(TrainingError, match=r"the start is broken \(NaN or Inf in .*model.norm.weight\)"):
+        cloq.train(out, data=str(rows), **QUICK)
+
+
 @gptq
 def test_a_gradient_that_is_no_number_never_reaches_the_weights(out, rows, tmp_path, monkeypatch):
     step = Trainer.training_step
