@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cloq.calibration import cut_sequences, sequence_start
+from cloq.calibration.options import Options
 from cloq.calibration.passages import Unfinished
 from cloq.calibration.rows import (
     ANSWER_COLUMNS,
@@ -84,20 +85,20 @@ class Examples:
         return digest.hexdigest()
 
 
-def read_examples(spec: TrainSpec, source: str, tokenizer) -> Examples:
-    """Everything in a source, as examples of at most `seq_len` tokens.
+def read_examples(spec: TrainSpec, source: str, tokenizer, option: str = "--data") -> Examples:
+    """Everything in a source, as examples of at most `seq_len` tokens. option: the one that named it, for messages.
 
     Raises `TrainingError` or `CalibrationError`, with the place, for rows that cannot be used and for a source without any.
     """
-    source = single(source)
-    contents = _contents(spec, source)
+    source, options = single(source), Options(option, FLAG, calibrates=False)
+    contents = _contents(spec, source, options)
     first = next((item for item in contents if item.content != ""), None)
     if first is None:
-        raise TrainingError(f"{source} holds no row with text in it; give other data to --data")
+        raise TrainingError(f"{source} holds no row with text in it; give other data to {option}")
     kind = "text" if isinstance(first.content, str) else "turns" if isinstance(first.content, Turn | Prompted) else "chats"
     packing = ("stream" if kind == "text" else "none") if spec.packing == "auto" else spec.packing
     if packing == "stream":
-        found = _stream(spec, source, tokenizer, kind)
+        found = _stream(spec, source, tokenizer, kind, options)
     else:
         found = _separate(spec, chain([first], contents), tokenizer, kind)
         found = _packed(found, spec.seq_len) if packing == "rows" else found
@@ -142,8 +143,8 @@ class _Found(NamedTuple):
     content: Content | Prompted
 
 
-def _contents(spec: TrainSpec, source: str) -> Iterator[_Found]:
-    rows = source_rows(source)
+def _contents(spec: TrainSpec, source: str, options: Options) -> Iterator[_Found]:
+    rows = source_rows(source, options)
     if spec.template is not None:
         return _templated(rows, spec.template, spec.answer_column)
     columns = Columns(spec.column, spec.prompt_column, spec.context_column, spec.answer_column, FLAG)
@@ -201,13 +202,13 @@ def _fitted(ids: list[int], mask: list[bool], seq_len: int, long: str) -> Iterat
 # -- several rows in one sequence --------------------------------------------------------------------------------------
 
 
-def _stream(spec: TrainSpec, source: str, tokenizer, kind: str) -> Examples:
+def _stream(spec: TrainSpec, source: str, tokenizer, kind: str, options: Options) -> Examples:
     if kind != "text":
         raise TrainingError(f"{source} holds {kind}, and --packing stream is for plain text; use --packing rows or none")
     counts = Counts()
 
     def counted() -> Iterator[str]:
-        for passage in passages(source, spec.column, tokenizer):
+        for passage in passages(source, spec.column, tokenizer, options):
             counts.rows += not isinstance(passage, Unfinished)
             yield passage
 

@@ -116,7 +116,7 @@ def _examples(spec: TrainSpec, tokenizer, start: Start) -> tuple[Examples, Examp
     examples = read_examples(spec, spec.data, tokenizer)
     if spec.eval_share:
         return held_out(examples, spec.eval_share, spec.seed)
-    return examples, read_examples(spec, spec.eval_data, tokenizer) if spec.eval_data else None
+    return examples, read_examples(spec, spec.eval_data, tokenizer, "--eval-data") if spec.eval_data else None
 
 
 def training_arguments(spec: TrainSpec, folder: TrainingFolder) -> TrainingArguments:

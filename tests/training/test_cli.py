@@ -70,6 +70,7 @@ def no_model(monkeypatch):
         (["{out}", "--seq-len", "64", "--data", "nowhere.jsonl"], "there is no file or folder nowhere.jsonl"),
         (["{out}", "--seq-len", "64", "--data", "{rows}", "--answer-column", "reply"], "has no column 'reply'"),
         (["{out}", "--seq-len", "64", "--data", "{empty}"], "holds no row with text in it"),
+        (["{out}", "--seq-len", "64", "--data", "{rows}", "--eval-data", "{empty}"], "give other data to --eval-data"),
         (["{out}", "--data", "{rows}", "--seq-len", "4096"], "takes at most 128 tokens; use --seq-len 128"),
         (["{out}", "--data", "{rows}", "--seq-len", "64", "--to", "{foreign}"], "holds something else"),
         (["{out}", "--data", "{rows}", "--recipe", "gsm9k"], "unknown recipe 'gsm9k'"),

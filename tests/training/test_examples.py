@@ -173,6 +173,28 @@ def test_refusals(tmp_path, rows, settings, said):
         read(tmp_path, rows, **settings)
 
 
+@pytest.mark.parametrize("packing", ["auto", "none"])
+def test_a_later_row_without_text_names_options_that_there_are(tmp_path, packing):
+    rows = [{"text": "The quick brown fox jumps over the lazy dog. " * 4}, {"body": "x"}]
+    with pytest.raises(CalibrationError, match=r"line 2 has no column 'text'\. Name the column with --column, --prompt-column or"):
+        read(tmp_path, rows, packing=packing)
+
+
+def test_a_source_without_text_names_its_own_option(tmp_path, monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unreachable)
+    (tmp_path / "empty.jsonl").write_text("")
+    spec = TrainSpec(seq_len=64)
+    with pytest.raises(TrainingError, match=r"give other data to --eval-data$"):
+        read_examples(spec, str(tmp_path / "empty.jsonl"), PLAIN, "--eval-data")
+    with pytest.raises(CalibrationError, match=r"Without the hub: --data demo \(always there\), or a local file such as --data text.txt"):
+        read_examples(spec, "wikitext2", PLAIN)
+    with pytest.raises(CalibrationError, match=r"unknown source of text 'wikitextt'.*Known: demo, c4, .*\.parquet\)$"):
+        read_examples(spec, "wikitextt", PLAIN)
+
+
 def test_a_share_that_leaves_nothing_is_refused(tmp_path):
     with pytest.raises(TrainingError, match="leaves no example of 1"):
         held_out(read(tmp_path, [TURN]), 0.5, 0)
