@@ -51,9 +51,9 @@ class Example(NamedTuple):
 
 @dataclass
 class Counts:
-    """rows: read. empty: without text or answer, left out. long: of more than the allowed tokens. dropped: left out because of their
-    length, or because no token of an answer was left. tokens: in the examples, of which predicted ones count in the loss. leftover: tokens
-    at the end of a stream that fill no sequence."""
+    """rows: read. empty: without text or answer (a conversation: without a turn of the assistant's), left out. long: of more than the
+    allowed tokens. dropped: left out because of their length, or because no token of an answer was left. tokens: in the examples, of
+    which predicted ones count in the loss. leftover: tokens at the end of a stream that fill no sequence."""
 
     rows: int = 0
     empty: int = 0
@@ -129,10 +129,10 @@ def _counted(counts: Counts, part: list[Example]) -> Counts:
 def _nothing_left(source: str, counts: Counts, spec: TrainSpec) -> str:
     if spec.packing in ("auto", "stream") and counts.leftover:
         return f"{source} has {counts.leftover} tokens, fewer than one sequence of {spec.seq_len}; give more text or lower --seq-len"
-    return (
-        f"none of the {counts.rows} rows of {source} can be used: {counts.empty} have no answer, {counts.dropped} have none within "
-        f"{spec.seq_len} tokens; raise --seq-len or give other data"
-    )
+    reasons = [f"{counts.empty} have no answer"] if counts.empty else []
+    reasons += [f"{counts.dropped} have none within {spec.seq_len} tokens"] if counts.dropped else []
+    remedy = "raise --seq-len or give other data" if counts.dropped else "give other data"
+    return f"none of the {counts.rows} rows of {source} can be used: {', '.join(reasons)}; {remedy}"
 
 
 # -- content -----------------------------------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ def _separate(spec: TrainSpec, contents: Iterator[_Found], tokenizer, kind: str)
     counts, examples = Counts(), []
     for where, content in contents:
         counts.rows += 1
-        if content == "" or (isinstance(content, str) and not content.strip()):
+        if _nothing_in(content, spec.completion_only):
             counts.empty += 1
             continue
         ids, mask = encoded(content, where, tokenizer, spec.completion_only)
@@ -187,6 +187,13 @@ def _separate(spec: TrainSpec, contents: Iterator[_Found], tokenizer, kind: str)
         counts.dropped += not pieces
         examples += pieces
     return Examples(kind, examples, counts)
+
+
+def _nothing_in(content: Content | Prompted, completion_only: bool) -> bool:
+    """Whether there is nothing to learn: no text, or a conversation in which nobody answers."""
+    if isinstance(content, list):
+        return completion_only and all(message["role"] != "assistant" for message in content)
+    return isinstance(content, str) and not content.strip()
 
 
 def _fitted(ids: list[int], mask: list[bool], seq_len: int, long: str) -> Iterator[Example]:

@@ -122,6 +122,13 @@ def test_a_row_without_an_answer_within_the_length_is_left_out_and_counted(tmp_p
     assert len(found.examples) == 1 and found.counts.dropped == 1 and found.counts.empty == 1 and found.counts.rows == 3
 
 
+def test_a_conversation_without_an_answer_is_counted_as_one(tmp_path):
+    asked = {"messages": TALK["messages"][:1]}
+    found = read(tmp_path, [TALK, asked], ASKS, seq_len=128)
+    assert (len(found.examples), found.counts.empty, found.counts.dropped) == (1, 1, 0)
+    assert len(read(tmp_path, [TALK, asked], ASKS, completion_only=False, seq_len=128).examples) == 2
+
+
 def test_packing_keeps_every_row_whole(tmp_path):
     rows = [{"question": "q" * n, "answer": "a" * n} for n in (1, 9, 4, 12, 2, 7, 3)]
     apart, packed = read(tmp_path, rows), read(tmp_path, rows, packing="rows", seq_len=32)
@@ -163,6 +170,7 @@ def test_held_out_rows_are_a_share_and_disjoint(tmp_path):
         ([{"question": "Why?", "answer": ""}], {}, "holds no row with text in it"),
         ([{"question": "xq" * 30, "answer": "y"}], {"seq_len": 8}, "none of the 1 rows .* can be used.*raise --seq-len"),
         ([], {}, "holds no row with text in it"),
+        ([{"messages": TALK["messages"][:1]}], {}, r"none of the 1 rows .* can be used: 1 have no answer; give other data$"),
         ([{"text": "short"}], {"packing": "auto"}, "fewer than one sequence of 64.*--seq-len"),
         ([{"messages": TALK["messages"]}], {}, "no chat template"),
         ([TURN, 7], {}, "line 2 is a number"),
