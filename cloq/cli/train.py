@@ -175,7 +175,12 @@ def data_lines(values: dict[str, Any]) -> list[str]:
     for name, counts in (("data", values["data"]), ("evaluation", values["eval_data"])):
         if counts is None:
             continue
-        what = f"{counts['rows']} rows, {counts['examples']} sequences, {counts['tokens']} tokens, {counts['predicted']} of them predicted"
+        rows = (
+            f"{counts['rows']} rows, {counts['examples']} sequences"
+            if counts["rows"]
+            else f"{counts['examples']} other sequences of these rows"
+        )
+        what = f"{rows}, {counts['tokens']} tokens, {counts['predicted']} of them predicted"
         notes = [f"{counts['empty']} rows without text or answer left out"] if counts["empty"] else []
         if counts["long"]:
             notes.append(f"{counts['long']} rows of more than {values['seq_len']} tokens: --long {values['long']}")

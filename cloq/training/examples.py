@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -53,7 +53,10 @@ class Example(NamedTuple):
 class Counts:
     """rows: read. empty: without text or answer (a conversation: without a turn of the assistant's), left out. long: of more than the
     allowed tokens. dropped: left out because of their length, or because no token of an answer was left. tokens: in the examples, of
-    which predicted ones count in the loss. leftover: tokens at the end of a stream that fill no sequence."""
+    which predicted ones count in the loss. leftover: tokens at the end of a stream that fill no sequence.
+
+    A share that is held out has examples and tokens alone; the rest concerns the whole source, and is with what is trained on.
+    """
 
     rows: int = 0
     empty: int = 0
@@ -104,10 +107,7 @@ def read_examples(spec: TrainSpec, source: str, tokenizer, option: str = "--data
         found = _packed(found, spec.seq_len) if packing == "rows" else found
     if not found.examples:
         raise TrainingError(_nothing_left(source, found.counts, spec))
-    found.counts.examples = len(found.examples)
-    found.counts.tokens = sum(len(e.input_ids) for e in found.examples)
-    found.counts.predicted = sum(e.predicted() for e in found.examples)
-    return found
+    return replace(found, counts=_counted(found.counts, found.examples))
 
 
 def held_out(examples: Examples, share: float, seed: int) -> tuple[Examples, Examples]:
@@ -118,12 +118,14 @@ def held_out(examples: Examples, share: float, seed: int) -> tuple[Examples, Exa
     order = np.random.default_rng(seed).permutation(len(examples.examples))
     out = set(order[:count].tolist())
     parts = [[e for i, e in enumerate(examples.examples) if (i in out) == wanted] for wanted in (False, True)]
-    return tuple(Examples(examples.kind, part, _counted(examples.counts, part)) for part in parts)
+    return tuple(
+        Examples(examples.kind, part, _counted(counts, part)) for counts, part in zip((examples.counts, Counts()), parts, strict=True)
+    )
 
 
-def _counted(counts: Counts, part: list[Example]) -> Counts:
-    values = asdict(counts) | {"examples": len(part)}
-    return Counts(**values | {"tokens": sum(len(e.input_ids) for e in part), "predicted": sum(e.predicted() for e in part)})
+def _counted(counts: Counts, examples: list[Example]) -> Counts:
+    tokens, counted = sum(len(e.input_ids) for e in examples), sum(e.predicted() for e in examples)
+    return replace(counts, examples=len(examples), tokens=tokens, predicted=counted)
 
 
 def _nothing_left(source: str, counts: Counts, spec: TrainSpec) -> str:

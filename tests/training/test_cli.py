@@ -31,6 +31,7 @@ def test_help_loads_nothing_heavy():
 def test_people_read_what_was_done(out, rows, tmp_path, capsys):
     assert main(["train", str(out), "--data", str(rows), "--eval-share", "0.2", "--to", str(tmp_path / "to"), *QUICK]) == 0
     said = capsys.readouterr()
+    assert "data: 24 rows, 19 sequences" in said.err and "evaluation: 5 other sequences of these rows, " in said.err
     assert "24 rows" in said.err and "step 2: evaluation loss" in said.err
     assert "in 2 steps" in said.out and "perplexity" in said.out and f"adapter={str(tmp_path / 'to')!r}" in said.out
 

@@ -156,6 +156,7 @@ def test_held_out_rows_are_a_share_and_disjoint(tmp_path):
     assert (len(kept.examples), len(held.examples)) == (16, 4)
     assert {bytes(e.input_ids) for e in kept.examples}.isdisjoint(bytes(e.input_ids) for e in held.examples)
     assert kept.counts.tokens + held.counts.tokens == found.counts.tokens
+    assert (kept.counts.rows, kept.counts.examples, held.counts.rows, held.counts.examples) == (20, 16, 0, 4)
     assert held_out(found, 0.2, seed=1)[1].fingerprint() == held.fingerprint() != held_out(found, 0.2, seed=2)[1].fingerprint()
 
 
