@@ -220,6 +220,45 @@ def test_two_processes_are_one_with_twice_the_batch(out, rows, tmp_path):
     assert math.isclose(report["evaluations"][-1]["loss"], one.report["evaluations"][-1]["loss"], rel_tol=1e-4)
 
 
+@pytest.mark.slow
+def test_accelerate_launches_it_too(dense, rows, tmp_path):
+    launch = [
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "29574",
+        "-m",
+        "cloq",
+        "train",
+    ]
+    flags = ["--steps", "2", "--batch-size", "4", "--seq-len", "64", "--device", "cpu", "--lr", "1e-3", "--json"]
+    argv = [sys.executable, *launch, str(dense), "--data", str(rows), "--to", str(tmp_path / "two"), *flags]
+    said = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
+    assert [event["step"] for event in map(json.loads, said.splitlines()) if event["event"] == "step"] == [1, 2]
+    assert json.loads((tmp_path / "two/training.json").read_text())["processes"] == 2
+    one = cloq.train(dense, data=str(rows), to=tmp_path / "one", **QUICK | {"steps": 2, "accumulation": 2})
+    moved = distance(factors(dense / "adapter"), factors(one.adapter))
+    assert distance(factors(tmp_path / "two"), factors(one.adapter)) < 1e-3 * moved
+
+
+def test_bfloat16_computes_and_float32_trains(dense, rows, tmp_path):
+    trained = cloq.train(dense, data=str(rows), to=tmp_path / "to", precision="bf16", **QUICK | {"steps": 12, "lr": 5e-3})
+    assert trained.report["precision"] == "bf16" and trained.losses[-1] < 0.9 * trained.losses[0]
+    assert {tensor.dtype for tensor in factors(trained.adapter).values()} == {torch.float32}
+
+
+@needs("tensorboard")
+def test_tensorboard_is_told_of_every_step(dense, rows, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trained = cloq.train(dense, data=str(rows), to=tmp_path / "to", report_to="tensorboard", **QUICK)
+    events = EventAccumulator(str(next((tmp_path / "to/checkpoints/runs").iterdir()))).Reload()
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(trained.losses)
+
+
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
