@@ -133,7 +133,9 @@ def summary(result) -> list[str]:
     """What a person wants to know at the end."""
     report = result.report
     steps, evaluations = report["steps"], report["evaluations"]
-    lines = [f"loss        {steps[0]['loss']:.4f} → {steps[-1]['loss']:.4f} in {len(steps)} steps, {report['seconds']:.0f} s"]
+    first, last = steps[0]["loss"], steps[-1]["loss"]
+    course = f"{first:.4f} → {last:.4f} in {len(steps)} steps" if len(steps) > 1 else f"{first:.4f} before the one step"
+    lines = [f"loss        {course}, {report['seconds']:.0f} s"]
     if evaluations:
         first, last = evaluations[0]["loss"], evaluations[-1]["loss"]
         lines.append(f"evaluation  {first:.4f} → {last:.4f} nats per token (perplexity {_perplexity(first)} → {_perplexity(last)})")

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from cloq.cli import main
-from cloq.cli.train import PANELS, data_lines
-from cloq.training import TrainSpec
+from cloq.cli.train import PANELS, data_lines, summary
+from cloq.training import TrainResult, TrainSpec
 from tests.finished import needs
 
 gptq = needs("gptqmodel", "optimum")
@@ -89,6 +89,11 @@ def test_bad_input(out, rows, tmp_path, capsys, no_model, argv, said):
     captured = capsys.readouterr()
     assert said in captured.err and "Traceback" not in captured.err and captured.out == ""
     assert not (out / "trained").exists()
+
+
+def test_one_step_has_no_course(tmp_path):
+    report = {"steps": [{"loss": 7.5}], "evaluations": [], "seconds": 1.0}
+    assert summary(TrainResult(tmp_path, TrainSpec(run="run"), report))[0] == "loss        7.5000 before the one step, 1 s"
 
 
 def test_what_became_of_the_rows_is_said():
