@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from cloq.calibration.options import CALIBRATION, Options
 from cloq.calibration.passages import Unfinished
 from cloq.calibration.rows import Row, TextColumn, row_texts
 from cloq.errors import CalibrationError, MissingLibrary
@@ -18,8 +19,6 @@ _ONE_TEXT = {"Salesforce/wikitext": "text"}
 """Data sets whose rows are the lines of one text, and the column: joined by blank lines as everyone does, so that numbers
 compare."""
 
-LOCAL_INSTEAD = "Without the hub: --calib demo (always there), --calib self, or a local file such as --calib text.txt or rows.jsonl"
-
 
 class HubSet(NamedTuple):
     """`owner/name`, a configuration where the data set has several, and a split."""
@@ -27,6 +26,12 @@ class HubSet(NamedTuple):
     name: str
     config: str | None = None
     split: str = "train"
+
+
+def local_instead(options: Options) -> str:
+    """The remedy where the hub is not to be had."""
+    own = f" {options.text} self," if options.calibrates else ""
+    return f"Without the hub: {options.text} demo (always there),{own} or a local file such as {options.text} text.txt or rows.jsonl"
 
 
 def hub_set(source: str) -> HubSet | None:
@@ -38,28 +43,28 @@ def hub_set(source: str) -> HubSet | None:
     return HubSet(name, config or None, split or "train")
 
 
-def hub_passages(wanted: HubSet, column: str | None, tokenizer) -> Iterator[str]:
+def hub_passages(wanted: HubSet, column: str | None, tokenizer, options: Options = CALIBRATION) -> Iterator[str]:
     """The data set's documents in its own order; `Salesforce/wikitext` as one long document.
 
     Raises `CalibrationError` if the hub does not answer in seconds, does not have it, or has no such configuration, split or
     column.
     """
     if wanted.name not in _ONE_TEXT:
-        yield from row_texts(hub_rows(wanted), column, tokenizer)
+        yield from row_texts(hub_rows(wanted, options), column, tokenizer, options)
         return
-    reader, before = TextColumn(column or _ONE_TEXT[wanted.name]), ""
-    for where, row in hub_rows(wanted):
+    reader, before = TextColumn(column or _ONE_TEXT[wanted.name], options.column), ""
+    for where, row in hub_rows(wanted, options):
         yield Unfinished(before + reader.content(row, where))
         before = "\n\n"
 
 
-def hub_rows(wanted: HubSet) -> Iterator[Row]:
+def hub_rows(wanted: HubSet, options: Options = CALIBRATION) -> Iterator[Row]:
     """The data set's rows as they are. Errors as above."""
     try:
         import datasets
     except ImportError as error:
         raise MissingLibrary("datasets", f"reading {wanted.name} from the hub") from error
-    _ask(wanted.name)
+    _ask(wanted.name, options)
     try:
         stream = datasets.load_dataset(wanted.name, wanted.config, split=wanted.split, streaming=True)
         for number, row in enumerate(stream, 1):
@@ -67,11 +72,11 @@ def hub_rows(wanted: HubSet) -> Iterator[Row]:
     except Exception as error:  # `datasets` raises dozens of unrelated types, those of file systems and HTTP libraries among them
         raise CalibrationError(
             f"the hub data set {wanted.name} (configuration {wanted.config or 'default'}, split {wanted.split}) cannot be read: "
-            f"{_reason(error)}. Name another as owner/name:config:split. {LOCAL_INSTEAD}"
+            f"{_reason(error)}. Name another as owner/name:config:split. {local_instead(options)}"
         ) from error
 
 
-def _ask(name: str) -> None:
+def _ask(name: str, options: Options) -> None:
     """One request, no retries: is the hub there, and does it have this data set? In offline mode the answer is left to the
     cache."""
     from huggingface_hub import HfApi
@@ -88,7 +93,7 @@ def _ask(name: str) -> None:
         ) from error
     except Exception as error:  # connection, proxy, certificate and server errors come in many types
         raise CalibrationError(
-            f"the Hugging Face hub cannot be reached for the data set {name} ({_reason(error)}). {LOCAL_INSTEAD}. "
+            f"the Hugging Face hub cannot be reached for the data set {name} ({_reason(error)}). {local_instead(options)}. "
             "If the data set is in this machine's cache, set HF_HUB_OFFLINE=1"
         ) from error
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from cloq.calibration.options import CALIBRATION, Options
 from cloq.calibration.passages import Unfinished
 from cloq.calibration.rows import Row, row_texts
 from cloq.errors import CalibrationError, MissingLibrary
@@ -34,7 +35,7 @@ _LONGEST_ROW = 1 << 26
 """Characters after which a row that does not end, in a line or in a JSON array, is taken for broken."""
 
 
-def local_passages(path: Path, column: str | None, tokenizer) -> Iterator[str]:
+def local_passages(path: Path, column: str | None, tokenizer, options: Options = CALIBRATION) -> Iterator[str]:
     """The documents of a file, or of all files in a folder and below it in the order of their names.
 
     A text file is one document, a row is one document. Names that start with a dot are passed over. Raises `CalibrationError` for
@@ -43,11 +44,12 @@ def local_passages(path: Path, column: str | None, tokenizer) -> Iterator[str]:
     files = _files(path) if path.is_dir() else [path]
     found = False
     for file in files:
-        for passage in _file_passages(file, column, tokenizer):
+        for passage in _file_passages(file, column, tokenizer, options):
             found = found or bool(passage.strip())
             yield passage
     if not found:
-        raise CalibrationError(f"{path} holds no text{f' in its {len(files)} files' if path.is_dir() else ''}; give other text to --calib")
+        inside = f" in its {len(files)} files" if path.is_dir() else ""
+        raise CalibrationError(f"{path} holds no text{inside}; give other text to {options.text}")
 
 
 def local_rows(path: Path) -> Iterator[Row]:
@@ -79,9 +81,9 @@ def file_rows(file: Path) -> Iterator[Row]:
     return _parquet_rows(file) if _suffix(file) == ".parquet" else _json_rows(file)
 
 
-def _file_passages(file: Path, column: str | None, tokenizer) -> Iterator[str]:
+def _file_passages(file: Path, column: str | None, tokenizer, options: Options) -> Iterator[str]:
     rows = _rows_of(file)
-    yield from _blocks(file) if rows is None else row_texts(rows, column, tokenizer)
+    yield from _blocks(file) if rows is None else row_texts(rows, column, tokenizer, options)
 
 
 def _rows_of(file: Path) -> Iterator[Row] | None:

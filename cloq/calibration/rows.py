@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+from cloq.calibration.options import CALIBRATION, Options
 from cloq.errors import CalibrationError
 
 TEXT_COLUMNS = ("text", "content", "document", "article", "body", "passage", "raw_content", "markdown", "code", "sentence")
@@ -52,12 +53,12 @@ class Columns:
     prompt: str | None = None
     context: str | None = None
     answer: str | None = None
-    flag: str = "--calib-column"
+    flag: str = CALIBRATION.column
 
 
-def row_texts(rows: Iterable[Row], column: str | None, tokenizer) -> Iterator[str]:
+def row_texts(rows: Iterable[Row], column: str | None, tokenizer, options: Options = CALIBRATION) -> Iterator[str]:
     """One text per row. Raises `CalibrationError` with the place of the first row that has none."""
-    columns = Columns(column)
+    columns = Columns(column, flag=options.column)
     for where, _, content in row_contents(rows, columns):
         text = written(content, tokenizer, where, columns.flag)
         if text.strip():
@@ -78,7 +79,7 @@ def row_contents(rows: Iterable[Row], columns: Columns) -> Iterator[tuple[str, A
             raise CalibrationError(f"{where} is {_kind(row)}; a row is an object with named columns, or a string")
 
 
-def written(content: Content, tokenizer, where: str, flag: str = "--calib-column") -> str:
+def written(content: Content, tokenizer, where: str, flag: str = CALIBRATION.column) -> str:
     """The content as one text.
 
     A conversation goes through the tokenizer's chat template. So does an exchange where the tokenizer has one, as an
@@ -113,7 +114,7 @@ class TextColumn:
     """A column of plain text."""
 
     column: str
-    flag: str = "--calib-column"
+    flag: str = CALIBRATION.column
 
     def content(self, row: dict, where: str) -> str:
         return without_surrogates(text_value(row, self.column, where, self.flag))

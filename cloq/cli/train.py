@@ -133,7 +133,9 @@ def summary(result) -> list[str]:
     """What a person wants to know at the end."""
     report = result.report
     steps, evaluations = report["steps"], report["evaluations"]
-    lines = [f"loss        {steps[0]['loss']:.4f} → {steps[-1]['loss']:.4f} in {len(steps)} steps, {report['seconds']:.0f} s"]
+    first, last = steps[0]["loss"], steps[-1]["loss"]
+    course = f"{first:.4f} → {last:.4f} in {len(steps)} steps" if len(steps) > 1 else f"{first:.4f} before the one step"
+    lines = [f"loss        {course}, {report['seconds']:.0f} s"]
     if evaluations:
         first, last = evaluations[0]["loss"], evaluations[-1]["loss"]
         lines.append(f"evaluation  {first:.4f} → {last:.4f} nats per token (perplexity {_perplexity(first)} → {_perplexity(last)})")
@@ -175,7 +177,12 @@ def data_lines(values: dict[str, Any]) -> list[str]:
     for name, counts in (("data", values["data"]), ("evaluation", values["eval_data"])):
         if counts is None:
             continue
-        what = f"{counts['rows']} rows, {counts['examples']} sequences, {counts['tokens']} tokens, {counts['predicted']} of them predicted"
+        rows = (
+            f"{counts['rows']} rows, {counts['examples']} sequences"
+            if counts["rows"]
+            else f"{counts['examples']} other sequences of these rows"
+        )
+        what = f"{rows}, {counts['tokens']} tokens, {counts['predicted']} of them predicted"
         notes = [f"{counts['empty']} rows without text or answer left out"] if counts["empty"] else []
         if counts["long"]:
             notes.append(f"{counts['long']} rows of more than {values['seq_len']} tokens: --long {values['long']}")

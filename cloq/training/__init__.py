@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cloq.training.recipes import FAMILIES
 from cloq.training.spec import TrainSpec, train_spec
 
 if TYPE_CHECKING:
@@ -32,20 +33,13 @@ def train(
 def resolve(run: str | Path | None, config: Path | None, settings: dict[str, Any]) -> TrainSpec:
     """The spec of a training: from the file of an earlier one where there is any, then the recipe, then the settings that were given."""
     from cloq.api import read_settings
+    from cloq.training.start import lowest_width
 
     base = read_settings(config, TrainSpec, "cloq train") if config else TrainSpec()
-    bits = _bits(Path(settings.get("base") or base.base or Path(run or base.run) / "model")) if settings.get("recipe") else None
-    return train_spec(base, bits=bits, **({"run": str(run)} if run else {}), **settings)
-
-
-def _bits(base: Path) -> int | None:
-    """The lowest width of a base's layers, as its format has them; `None` for a base that is not quantized, or not there."""
-    from cloq.export.read import read_config, reader_of
-
-    if not (base / "config.json").is_file():
-        return None
-    quantization = read_config(base).get("quantization_config")
-    return min(reader_of(quantization).widths) if quantization else None
+    settings = ({"run": str(run)} if run else {}) | settings
+    places = {name: settings[name] for name in ("run", "base", "adapter") if settings.get(name)}
+    bits = lowest_width(base.replace(**places)) if settings.get("recipe") in FAMILIES else None
+    return train_spec(base, bits=bits, **settings)
 
 
 def __getattr__(name: str):

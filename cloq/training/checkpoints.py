@@ -1,6 +1,7 @@
 """Checkpoints of a run, and its folder.
 
-    TO/adapter_config.json, adapter_model.safetensors, train.yaml, training.json     the result, written last
+    TO/adapter_config.json, adapter_model.safetensors, train.yaml     the result
+    TO/training.json                    the report, written last, with a copy of the manifest: TO/checkpoints may be deleted then
     TO/checkpoints/manifest.json        what the run is: settings, versions, fingerprints of base, adapter and data
     TO/checkpoints/checkpoint-120/      the adapter, the optimizer's state and the random states after step 120
     TO/checkpoints/checkpoint-120/sealed.json   written last: of which run, and the digest of every other file
@@ -20,6 +21,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from cloq.errors import RunError
 from cloq.streaming.store import RunFolder, write_atomically, writing
 
 SEAL = "sealed.json"
@@ -31,6 +33,31 @@ class TrainingFolder(RunFolder):
 
     def __init__(self, to: str | Path):
         super().__init__(to, "checkpoints", "--to", "cloq train OUT --data ROWS")
+
+    def refuse_foreign(self) -> None:
+        if self.folder.exists() or self.finished() is None:
+            super().refuse_foreign()
+
+    def claim(self, manifest: dict[str, Any], restart: bool = False) -> None:
+        """Errors as of `RunFolder.claim`, also where the checkpoints of a finished training were deleted."""
+        path, finished = self.folder / "manifest.json", self.finished()
+        if finished is not None and not path.exists() and not restart:
+            if "manifest" not in finished:
+                raise RunError(
+                    f"{self.out} holds a finished training that does not say of what; choose another --to, or --restart to discard it"
+                )
+            with writing(self.out):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_atomically(path, json.dumps(finished["manifest"], indent=1, sort_keys=True).encode())
+        super().claim(manifest, restart)
+
+    def finished(self) -> dict[str, Any] | None:
+        """What training.json says; `None` where there is none that a training wrote."""
+        try:
+            report = json.loads((self.out / "training.json").read_text("utf8"))
+            return report if {"started_from", "steps"} <= set(report) else None
+        except (OSError, ValueError, TypeError):
+            return None
 
     def discard(self) -> None:
         super().discard()

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from cloq.calibration import cut_sequences, sequence_start
+from cloq.calibration.options import Options
 from cloq.calibration.passages import Unfinished
 from cloq.calibration.rows import (
     ANSWER_COLUMNS,
@@ -50,9 +51,12 @@ class Example(NamedTuple):
 
 @dataclass
 class Counts:
-    """rows: read. empty: without text or answer, left out. long: of more than the allowed tokens. dropped: left out because of their
-    length, or because no token of an answer was left. tokens: in the examples, of which predicted ones count in the loss. leftover: tokens
-    at the end of a stream that fill no sequence."""
+    """rows: read. empty: without text or answer (a conversation: without a turn of the assistant's), left out. long: of more than the
+    allowed tokens. dropped: left out because of their length, or because no token of an answer was left. tokens: in the examples, of
+    which predicted ones count in the loss. leftover: tokens at the end of a stream that fill no sequence.
+
+    A share that is held out has examples and tokens alone; the rest concerns the whole source, and is with what is trained on.
+    """
 
     rows: int = 0
     empty: int = 0
@@ -84,29 +88,26 @@ class Examples:
         return digest.hexdigest()
 
 
-def read_examples(spec: TrainSpec, source: str, tokenizer) -> Examples:
-    """Everything in a source, as examples of at most `seq_len` tokens.
+def read_examples(spec: TrainSpec, source: str, tokenizer, option: str = "--data") -> Examples:
+    """Everything in a source, as examples of at most `seq_len` tokens. option: the one that named it, for messages.
 
     Raises `TrainingError` or `CalibrationError`, with the place, for rows that cannot be used and for a source without any.
     """
-    source = single(source)
-    contents = _contents(spec, source)
+    source, options = single(source), Options(option, FLAG, calibrates=False)
+    contents = _contents(spec, source, options)
     first = next((item for item in contents if item.content != ""), None)
     if first is None:
-        raise TrainingError(f"{source} holds no row with text in it; give other data to --data")
+        raise TrainingError(f"{source} holds no row with text in it; give other data to {option}")
     kind = "text" if isinstance(first.content, str) else "turns" if isinstance(first.content, Turn | Prompted) else "chats"
     packing = ("stream" if kind == "text" else "none") if spec.packing == "auto" else spec.packing
     if packing == "stream":
-        found = _stream(spec, source, tokenizer, kind)
+        found = _stream(spec, source, tokenizer, kind, options)
     else:
         found = _separate(spec, chain([first], contents), tokenizer, kind)
         found = _packed(found, spec.seq_len) if packing == "rows" else found
     if not found.examples:
         raise TrainingError(_nothing_left(source, found.counts, spec))
-    found.counts.examples = len(found.examples)
-    found.counts.tokens = sum(len(e.input_ids) for e in found.examples)
-    found.counts.predicted = sum(e.predicted() for e in found.examples)
-    return found
+    return replace(found, counts=_counted(found.counts, found.examples))
 
 
 def held_out(examples: Examples, share: float, seed: int) -> tuple[Examples, Examples]:
@@ -117,21 +118,23 @@ def held_out(examples: Examples, share: float, seed: int) -> tuple[Examples, Exa
     order = np.random.default_rng(seed).permutation(len(examples.examples))
     out = set(order[:count].tolist())
     parts = [[e for i, e in enumerate(examples.examples) if (i in out) == wanted] for wanted in (False, True)]
-    return tuple(Examples(examples.kind, part, _counted(examples.counts, part)) for part in parts)
+    return tuple(
+        Examples(examples.kind, part, _counted(counts, part)) for counts, part in zip((examples.counts, Counts()), parts, strict=True)
+    )
 
 
-def _counted(counts: Counts, part: list[Example]) -> Counts:
-    values = asdict(counts) | {"examples": len(part)}
-    return Counts(**values | {"tokens": sum(len(e.input_ids) for e in part), "predicted": sum(e.predicted() for e in part)})
+def _counted(counts: Counts, examples: list[Example]) -> Counts:
+    tokens, counted = sum(len(e.input_ids) for e in examples), sum(e.predicted() for e in examples)
+    return replace(counts, examples=len(examples), tokens=tokens, predicted=counted)
 
 
 def _nothing_left(source: str, counts: Counts, spec: TrainSpec) -> str:
     if spec.packing in ("auto", "stream") and counts.leftover:
         return f"{source} has {counts.leftover} tokens, fewer than one sequence of {spec.seq_len}; give more text or lower --seq-len"
-    return (
-        f"none of the {counts.rows} rows of {source} can be used: {counts.empty} have no answer, {counts.dropped} have none within "
-        f"{spec.seq_len} tokens; raise --seq-len or give other data"
-    )
+    reasons = [f"{counts.empty} have no answer"] if counts.empty else []
+    reasons += [f"{counts.dropped} have none within {spec.seq_len} tokens"] if counts.dropped else []
+    remedy = "raise --seq-len or give other data" if counts.dropped else "give other data"
+    return f"none of the {counts.rows} rows of {source} can be used: {', '.join(reasons)}; {remedy}"
 
 
 # -- content -----------------------------------------------------------------------------------------------------------
@@ -142,8 +145,8 @@ class _Found(NamedTuple):
     content: Content | Prompted
 
 
-def _contents(spec: TrainSpec, source: str) -> Iterator[_Found]:
-    rows = source_rows(source)
+def _contents(spec: TrainSpec, source: str, options: Options) -> Iterator[_Found]:
+    rows = source_rows(source, options)
     if spec.template is not None:
         return _templated(rows, spec.template, spec.answer_column)
     columns = Columns(spec.column, spec.prompt_column, spec.context_column, spec.answer_column, FLAG)
@@ -177,7 +180,7 @@ def _separate(spec: TrainSpec, contents: Iterator[_Found], tokenizer, kind: str)
     counts, examples = Counts(), []
     for where, content in contents:
         counts.rows += 1
-        if content == "" or (isinstance(content, str) and not content.strip()):
+        if _nothing_in(content, spec.completion_only):
             counts.empty += 1
             continue
         ids, mask = encoded(content, where, tokenizer, spec.completion_only)
@@ -186,6 +189,13 @@ def _separate(spec: TrainSpec, contents: Iterator[_Found], tokenizer, kind: str)
         counts.dropped += not pieces
         examples += pieces
     return Examples(kind, examples, counts)
+
+
+def _nothing_in(content: Content | Prompted, completion_only: bool) -> bool:
+    """Whether there is nothing to learn: no text, or a conversation in which nobody answers."""
+    if isinstance(content, list):
+        return completion_only and all(message["role"] != "assistant" for message in content)
+    return isinstance(content, str) and not content.strip()
 
 
 def _fitted(ids: list[int], mask: list[bool], seq_len: int, long: str) -> Iterator[Example]:
@@ -201,13 +211,13 @@ def _fitted(ids: list[int], mask: list[bool], seq_len: int, long: str) -> Iterat
 # -- several rows in one sequence --------------------------------------------------------------------------------------
 
 
-def _stream(spec: TrainSpec, source: str, tokenizer, kind: str) -> Examples:
+def _stream(spec: TrainSpec, source: str, tokenizer, kind: str, options: Options) -> Examples:
     if kind != "text":
         raise TrainingError(f"{source} holds {kind}, and --packing stream is for plain text; use --packing rows or none")
     counts = Counts()
 
     def counted() -> Iterator[str]:
-        for passage in passages(source, spec.column, tokenizer):
+        for passage in passages(source, spec.column, tokenizer, options):
             counts.rows += not isinstance(passage, Unfinished)
             yield passage
 

@@ -116,7 +116,7 @@ def _examples(spec: TrainSpec, tokenizer, start: Start) -> tuple[Examples, Examp
     examples = read_examples(spec, spec.data, tokenizer)
     if spec.eval_share:
         return held_out(examples, spec.eval_share, spec.seed)
-    return examples, read_examples(spec, spec.eval_data, tokenizer) if spec.eval_data else None
+    return examples, read_examples(spec, spec.eval_data, tokenizer, "--eval-data") if spec.eval_data else None
 
 
 def training_arguments(spec: TrainSpec, folder: TrainingFolder) -> TrainingArguments:
@@ -276,6 +276,7 @@ def _report(spec: TrainSpec, start: Start, trainer: AdapterTrainer, counts: dict
 
 def _write(spec: TrainSpec, start: Start, folder: TrainingFolder, model: nn.Module, report: dict[str, Any]) -> dict[str, Any]:
     """The result, each file whole; training.json last, which says that it is complete."""
+    report = report | {"manifest": folder.manifest()}
     work = folder.folder / "result"
     config = model.peft_config[model.active_adapter]
     config.base_model_name_or_path = str(start.base)

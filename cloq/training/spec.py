@@ -99,11 +99,15 @@ class TrainSpec(Spec):
         require(self.max_grad_norm > 0, f"max_grad_norm is {self.max_grad_norm}; it must be above 0 (1 is usual)")
         require(0 <= self.eval_share <= 0.5, f"eval_share is {self.eval_share}; it is a share of the rows, at most 0.5")
         require(not (self.eval_data and self.eval_share), "eval_data and eval_share exclude each other; give one of them")
+        require(
+            not self.eval_every or bool(self.eval_data or self.eval_share),
+            f"eval_every is {self.eval_every}, but there is nothing to evaluate on; give --eval-data or --eval-share",
+        )
         require(0 < self.distill <= 1, f"distill is {self.distill}; it is the teacher's share of the loss, above 0 and at most 1")
         require(
             self.teacher is not None or self.distill == 1, "distill is the teacher's share of the loss; name one with --teacher original"
         )
-        require(self.seed >= 0, f"seed is {self.seed}; it must be at least 0")
+        require(0 <= self.seed < 1 << 32, f"seed is {self.seed}; allowed: 0 to 4294967295")
 
     def _check_choices(self) -> None:
         one_of("packing", self.packing, PACKINGS)
@@ -116,7 +120,9 @@ class TrainSpec(Spec):
             one_of("report_to", name, REPORTS)
         if self.template is not None:
             require(bool(template_columns(self.template)), f"the template {self.template!r} names no column; write one as {{question}}")
-            require(self.column is None, "column and template exclude each other; a template names the columns of the prompt itself")
+            for name in ("column", "prompt_column", "context_column"):
+                excluded = f"{name} and template exclude each other; a template names the columns of the prompt itself"
+                require(getattr(self, name) is None, excluded)
         turn = self.template or self.prompt_column or self.context_column or self.answer_column
         require(not (self.column and turn), "column names plain text or conversations; leave out the columns of prompt and answer")
 

@@ -7,10 +7,12 @@ from pathlib import Path
 
 from torch import nn
 
+from cloq.api import RUN_FILE, read_run_file
 from cloq.errors import TrainingError
 from cloq.export.peft import AdapterFolder
-from cloq.export.read import QuantizedFolder
+from cloq.export.read import QuantizedFolder, read_config, reader_of
 from cloq.models import load_config, max_positions
+from cloq.report import REPORT_FILE, read_report
 from cloq.streaming.manifest import versions
 from cloq.training.spec import TrainSpec
 from cloq.use.check import check_adapter
@@ -35,22 +37,46 @@ def find_start(spec: TrainSpec) -> Start:
     Raises `TrainingError` if there is no finished run, or the adapter does not fit the base; `ExportError` if it says that it was made for
     another, or one of the two is damaged.
     """
+    adapter, base = _folders(spec)
+    require_libraries(base)
+    wrong = [finding.what for finding in check_adapter(adapter, base) if not finding.ok]
+    if wrong:
+        raise TrainingError(f"{adapter.folder} does not fit the base in {base}: {wrong[0]}")
+    if not spec.base:
+        refuse_another_base(adapter, base, Path(spec.run))
+    fingerprint = QuantizedFolder(base).fingerprint()
+    limit = max_positions(load_config(base, spec.trust_remote_code))
+    return Start(base.resolve(), adapter, fingerprint, limit, versions())
+
+
+def _folders(spec: TrainSpec) -> tuple[AdapterFolder, Path]:
     run = Path(spec.run)
     if not spec.run or not run.is_dir():
         raise TrainingError(f"there is no folder {spec.run or '(none was named)'}; name that of a finished run: cloq train OUT --data ROWS")
     if not spec.adapter and not (run / "adapter").is_dir():
         raise TrainingError(f"{run} has no adapter; it is not a finished run (run cloq quantize to its end), or name one with --adapter")
     adapter = AdapterFolder(spec.adapter or run / "adapter")
-    base = Path(spec.base) if spec.base else base_folder(run, adapter)
-    require_libraries(base)
-    wrong = [finding.what for finding in check_adapter(adapter, base) if not finding.ok]
-    if wrong:
-        raise TrainingError(f"{adapter.folder} does not fit the base in {base}: {wrong[0]}")
-    if not spec.base:
-        refuse_another_base(adapter, base, run)
-    fingerprint = QuantizedFolder(base).fingerprint()
-    limit = max_positions(load_config(base, spec.trust_remote_code))
-    return Start(base.resolve(), adapter, fingerprint, limit, versions())
+    return adapter, Path(spec.base) if spec.base else base_folder(run, adapter)
+
+
+def lowest_width(spec: TrainSpec) -> int | None:
+    """The lowest width of the base's layers: as its format has them, or of a dense export as the run says that made it. `None` for a base
+    that is not there, or of which nothing says how it was quantized. Errors as of `find_start`."""
+    base = Path(spec.base) if spec.base else _folders(spec)[1]
+    if not (base / "config.json").is_file():
+        return None
+    quantization = read_config(base).get("quantization_config")
+    if quantization:
+        return min(reader_of(quantization).widths)
+    run = next((out for out in (base.parent, Path(spec.run)) if (out / REPORT_FILE).is_file() or (out / RUN_FILE).is_file()), None)
+    return None if run is None else _width_in(run)
+
+
+def _width_in(run: Path) -> int:
+    """Of the layers in its report, where it still has one: means, rules and given bases make other widths than the settings say."""
+    if (run / REPORT_FILE).is_file():
+        return min(bits for bits, _ in read_report(run).grids())
+    return read_run_file(run / RUN_FILE).quant.bits
 
 
 def prepare(model: nn.Module, spec: TrainSpec) -> nn.Module:

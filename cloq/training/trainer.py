@@ -3,6 +3,7 @@ checkpoints that are sealed when they are complete, and an end where the loss is
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
@@ -40,7 +42,7 @@ class AdapterTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)
         self.add_callback(_Rhythm(spec, bool(evaluation)))
-        self.add_callback(_Finite())
+        self.add_callback(_Finite(self.not_a_number))
 
     @property
     def seconds(self) -> float:
@@ -49,11 +51,19 @@ class AdapterTrainer(Trainer):
 
     # -- training ------------------------------------------------------------------------------------------------------
 
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        """transformers' schedule but for its warm-up, which begins at zero: here step k of w has k / w of the rate."""
+        if self.lr_scheduler is None:
+            theirs = super().create_scheduler(num_training_steps, optimizer)
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            self.lr_scheduler = LambdaLR(theirs.optimizer, [_warmed_up(rate, warmup) for rate in theirs.lr_lambdas])
+        return self.lr_scheduler
+
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch=None) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
         broken = self.accelerator.reduce((~torch.isfinite(loss)).float(), "sum")  # all processes stop together
         if broken.item():
-            raise not_a_number("loss", self.state.global_step + 1)
+            raise self.not_a_number(f"loss of step {self.state.global_step + 1}")
         return loss
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args, **kwargs):
@@ -70,6 +80,21 @@ class AdapterTrainer(Trainer):
         if "loss" in logs:
             values = {key: float(logs[key]) for key in ("loss", "grad_norm", "learning_rate", "epoch")}
             self._emit("step", {"step": self.state.global_step, "steps": self.state.max_steps, **values, "seconds": self.seconds})
+
+    def not_a_number(self, what: str) -> TrainingError:
+        """The error for a value that is none: before anything was trained the start is to blame, later the training."""
+        stopped = f"the {what} is not a finite number, so training stopped there"
+        float32 = ", or use --precision float32" if self.args.bf16 else ""
+        if self.state.global_step == 0:
+            odd = next((name for name, value in self.model.named_parameters() if not bool(value.isfinite().all())), None)
+            guess = f"factors that are too large, or a damaged base{' or teacher' if self._teacher else ''}"
+            return TrainingError(
+                f"{stopped}. Nothing was trained yet, so no learning rate helps: the start is broken "
+                f"({f'NaN or Inf in {odd}' if odd else guess}). Look at the run with cloq check {self._spec.run}, or name another start "
+                f"with --adapter or --base{float32}"
+            )
+        kept = "The checkpoints before it are kept" if self._folder.checkpoints() else "There is no checkpoint yet"
+        return TrainingError(f"{stopped}. {kept}. Train again with a lower --lr or a longer --warmup, and --restart{float32}")
 
     # -- evaluation ----------------------------------------------------------------------------------------------------
 
@@ -88,6 +113,9 @@ class AdapterTrainer(Trainer):
             total += torch.stack([loss.double().cpu() * tokens, tokens])
         self.model.train()
         loss, tokens = self.accelerator.reduce(total.to(self.args.device), "sum").tolist()
+        if not math.isfinite(loss):
+            step = self.state.global_step
+            raise self.not_a_number(f"evaluation loss after step {step}" if step else "evaluation loss before the first step")
         metrics = {"eval_loss": loss / tokens, "eval_tokens": tokens}
         self.log(dict(metrics))
         self._emit("eval", {"step": self.state.global_step, "loss": loss / tokens, "tokens": int(tokens)})
@@ -116,20 +144,16 @@ class AdapterTrainer(Trainer):
         self.model.save_pretrained(output_dir, save_embedding_layers=False)
 
 
-def not_a_number(what: str, step: int) -> TrainingError:
-    return TrainingError(
-        f"the {what} of step {step} is not a finite number, so training stopped there. The checkpoints before it are kept. "
-        "Train again with a lower --lr, a longer --warmup or --precision float32, and --restart"
-    )
-
-
 class _Finite(TrainerCallback):
     """Stops before the optimizer makes weights of gradients that are not finite. Gradients are the same in all processes by then."""
+
+    def __init__(self, error: Callable[[str], TrainingError]):
+        self._error = error
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **rest) -> None:
         finite = torch.stack([p.grad.isfinite().all() for p in model.parameters() if p.grad is not None])
         if not bool(finite.all()):
-            raise not_a_number("gradient", state.global_step + 1)
+            raise self._error(f"gradient of step {state.global_step + 1}")
 
 
 class _Rhythm(TrainerCallback):
@@ -149,6 +173,11 @@ class _Rhythm(TrainerCallback):
         control.should_save = unfinished and not self._spec.save_every
         control.should_evaluate = unfinished and self._evaluates and not self._spec.eval_every
         return control
+
+
+def _warmed_up(rate: Callable[[int], float], warmup: int) -> Callable[[int], float]:
+    """The share of the rate after so many steps, from transformers' own."""
+    return lambda done: (done + 1) / warmup if done < warmup else rate(done)
 
 
 def _due(step: int, every: int) -> bool:

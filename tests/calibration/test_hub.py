@@ -46,7 +46,7 @@ def mirror(tmp_path, monkeypatch):
         return load(str(tmp_path / name), config, **options)
 
     monkeypatch.setattr(datasets, "load_dataset", local_load)
-    monkeypatch.setattr(hub, "_ask", lambda name: calls.append(name))
+    monkeypatch.setattr(hub, "_ask", lambda name, options: calls.append(name))
 
     def put(name, rows, file="train.jsonl", header=""):
         folder = tmp_path / name

@@ -11,5 +11,11 @@ def out(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def dense(tmp_path_factory):
+    """The same with a base that no library for packed weights is needed for."""
+    return tiny_run(tmp_path_factory.mktemp("dense"), form="dense").store.out
+
+
+@pytest.fixture(scope="session")
 def rows(tmp_path_factory):
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", sums())

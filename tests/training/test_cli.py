@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from cloq.cli import main
-from cloq.cli.train import PANELS, data_lines
-from cloq.training import TrainSpec
+from cloq.cli.train import PANELS, data_lines, summary
+from cloq.training import TrainResult, TrainSpec
 from tests.finished import needs
 
 gptq = needs("gptqmodel", "optimum")
@@ -31,6 +31,7 @@ def test_help_loads_nothing_heavy():
 def test_people_read_what_was_done(out, rows, tmp_path, capsys):
     assert main(["train", str(out), "--data", str(rows), "--eval-share", "0.2", "--to", str(tmp_path / "to"), *QUICK]) == 0
     said = capsys.readouterr()
+    assert "data: 24 rows, 19 sequences" in said.err and "evaluation: 5 other sequences of these rows, " in said.err
     assert "24 rows" in said.err and "step 2: evaluation loss" in said.err
     assert "in 2 steps" in said.out and "perplexity" in said.out and f"adapter={str(tmp_path / 'to')!r}" in said.out
 
@@ -70,6 +71,7 @@ def no_model(monkeypatch):
         (["{out}", "--seq-len", "64", "--data", "nowhere.jsonl"], "there is no file or folder nowhere.jsonl"),
         (["{out}", "--seq-len", "64", "--data", "{rows}", "--answer-column", "reply"], "has no column 'reply'"),
         (["{out}", "--seq-len", "64", "--data", "{empty}"], "holds no row with text in it"),
+        (["{out}", "--seq-len", "64", "--data", "{rows}", "--eval-data", "{empty}"], "give other data to --eval-data"),
         (["{out}", "--data", "{rows}", "--seq-len", "4096"], "takes at most 128 tokens; use --seq-len 128"),
         (["{out}", "--data", "{rows}", "--seq-len", "64", "--to", "{foreign}"], "holds something else"),
         (["{out}", "--data", "{rows}", "--recipe", "gsm9k"], "unknown recipe 'gsm9k'"),
@@ -87,6 +89,11 @@ def test_bad_input(out, rows, tmp_path, capsys, no_model, argv, said):
     captured = capsys.readouterr()
     assert said in captured.err and "Traceback" not in captured.err and captured.out == ""
     assert not (out / "trained").exists()
+
+
+def test_one_step_has_no_course(tmp_path):
+    report = {"steps": [{"loss": 7.5}], "evaluations": [], "seconds": 1.0}
+    assert summary(TrainResult(tmp_path, TrainSpec(run="run"), report))[0] == "loss        7.5000 before the one step, 1 s"
 
 
 def test_what_became_of_the_rows_is_said():

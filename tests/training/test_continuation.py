@@ -171,6 +171,29 @@ def test_a_finished_training_is_not_repeated(out, rows, tmp_path):
     assert again.report == first.report and result(tmp_path / "to") == before and events == []
 
 
+def test_a_finished_training_may_lose_its_checkpoints(out, rows, tmp_path):
+    quick, to = SETTINGS | {"steps": 1, "eval_share": 0.0, "eval_every": 0}, tmp_path / "to"
+
+    def again(**changed):
+        shutil.rmtree(to / "checkpoints")
+        events = []
+        return cloq.train(out, data=str(rows), to=to, emit=lambda event, values: events.append(event), **quick | changed).report, events
+
+    first = cloq.train(out, data=str(rows), to=to, **quick)
+    before = result(to)
+    assert again() == (first.report, []) and result(to) == before
+    with pytest.raises(RunError, match=r"other settings: settings.lr was 0.001, is 0.002"):
+        again(lr=2e-3)
+    report, events = again(lr=2e-3, restart=True)
+    assert events[0] == "start" and report["manifest"]["settings"]["lr"] == 2e-3
+    (to / "training.json").write_text(json.dumps({"started_from": "", "steps": []}))  # of an earlier version
+    with pytest.raises(RunError, match="holds a finished training that does not say of what"):
+        again()
+    (to / "training.json").write_text("{}")  # somebody else's
+    with pytest.raises(RunError, match="holds something else"):
+        again(restart=True)
+
+
 def test_a_foreign_folder_and_a_running_training_are_refused(out, rows, tmp_path):
     (tmp_path / "mine.txt").write_text("keep")
     with pytest.raises(RunError, match=r"holds something else \(mine.txt\).*--to"):

@@ -122,6 +122,13 @@ def test_a_row_without_an_answer_within_the_length_is_left_out_and_counted(tmp_p
     assert len(found.examples) == 1 and found.counts.dropped == 1 and found.counts.empty == 1 and found.counts.rows == 3
 
 
+def test_a_conversation_without_an_answer_is_counted_as_one(tmp_path):
+    asked = {"messages": TALK["messages"][:1]}
+    found = read(tmp_path, [TALK, asked], ASKS, seq_len=128)
+    assert (len(found.examples), found.counts.empty, found.counts.dropped) == (1, 1, 0)
+    assert len(read(tmp_path, [TALK, asked], ASKS, completion_only=False, seq_len=128).examples) == 2
+
+
 def test_packing_keeps_every_row_whole(tmp_path):
     rows = [{"question": "q" * n, "answer": "a" * n} for n in (1, 9, 4, 12, 2, 7, 3)]
     apart, packed = read(tmp_path, rows), read(tmp_path, rows, packing="rows", seq_len=32)
@@ -149,6 +156,7 @@ def test_held_out_rows_are_a_share_and_disjoint(tmp_path):
     assert (len(kept.examples), len(held.examples)) == (16, 4)
     assert {bytes(e.input_ids) for e in kept.examples}.isdisjoint(bytes(e.input_ids) for e in held.examples)
     assert kept.counts.tokens + held.counts.tokens == found.counts.tokens
+    assert (kept.counts.rows, kept.counts.examples, held.counts.rows, held.counts.examples) == (20, 16, 0, 4)
     assert held_out(found, 0.2, seed=1)[1].fingerprint() == held.fingerprint() != held_out(found, 0.2, seed=2)[1].fingerprint()
 
 
@@ -163,6 +171,7 @@ def test_held_out_rows_are_a_share_and_disjoint(tmp_path):
         ([{"question": "Why?", "answer": ""}], {}, "holds no row with text in it"),
         ([{"question": "xq" * 30, "answer": "y"}], {"seq_len": 8}, "none of the 1 rows .* can be used.*raise --seq-len"),
         ([], {}, "holds no row with text in it"),
+        ([{"messages": TALK["messages"][:1]}], {}, r"none of the 1 rows .* can be used: 1 have no answer; give other data$"),
         ([{"text": "short"}], {"packing": "auto"}, "fewer than one sequence of 64.*--seq-len"),
         ([{"messages": TALK["messages"]}], {}, "no chat template"),
         ([TURN, 7], {}, "line 2 is a number"),
@@ -171,6 +180,28 @@ def test_held_out_rows_are_a_share_and_disjoint(tmp_path):
 def test_refusals(tmp_path, rows, settings, said):
     with pytest.raises(CloqError, match=said):
         read(tmp_path, rows, **settings)
+
+
+@pytest.mark.parametrize("packing", ["auto", "none"])
+def test_a_later_row_without_text_names_options_that_there_are(tmp_path, packing):
+    rows = [{"text": "The quick brown fox jumps over the lazy dog. " * 4}, {"body": "x"}]
+    with pytest.raises(CalibrationError, match=r"line 2 has no column 'text'\. Name the column with --column, --prompt-column or"):
+        read(tmp_path, rows, packing=packing)
+
+
+def test_a_source_without_text_names_its_own_option(tmp_path, monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unreachable)
+    (tmp_path / "empty.jsonl").write_text("")
+    spec = TrainSpec(seq_len=64)
+    with pytest.raises(TrainingError, match=r"give other data to --eval-data$"):
+        read_examples(spec, str(tmp_path / "empty.jsonl"), PLAIN, "--eval-data")
+    with pytest.raises(CalibrationError, match=r"Without the hub: --data demo \(always there\), or a local file such as --data text.txt"):
+        read_examples(spec, "wikitext2", PLAIN)
+    with pytest.raises(CalibrationError, match=r"unknown source of text 'wikitextt'.*Known: demo, c4, .*\.parquet\)$"):
+        read_examples(spec, "wikitextt", PLAIN)
 
 
 def test_a_share_that_leaves_nothing_is_refused(tmp_path):

@@ -15,9 +15,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Trainer
 
 import cloq
+from cloq.api import write_run_file
 from cloq.errors import ExportError, TrainingError
 from cloq.models import load_tokenizer
-from cloq.training import TrainSpec
+from cloq.report import Report, write_report
+from cloq.specs import run_spec
+from cloq.training import TrainSpec, resolve
 from cloq.training.batches import IGNORED
 from cloq.training.examples import read_examples
 from cloq.training.start import refuse_frozen
@@ -60,15 +63,57 @@ def test_it_starts_from_the_fitted_factors(out, rows, tmp_path):
     assert distance(factors(out / "adapter"), factors(trained.adapter)) < 1e-10
 
 
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        ("constant", [1 / 3, 2 / 3, 1, 1, 1, 1]),
+        ("linear", [1 / 3, 2 / 3, 1, 1, 2 / 3, 1 / 3]),
+        ("cosine", [1 / 3, 2 / 3, 1, 1, 3 / 4, 1 / 4]),
+    ],
+)
+def test_every_step_has_a_rate(dense, rows, tmp_path, schedule, rates):
+    trained = cloq.train(dense, data=str(rows), to=tmp_path / "to", **QUICK | {"steps": 6, "warmup": 0.5, "schedule": schedule})
+    assert [entry["learning_rate"] / QUICK["lr"] for entry in trained.report["steps"]] == pytest.approx(rates)
+
+
+def test_a_single_step_trains(dense, rows, tmp_path):
+    trained = cloq.train(dense, data=str(rows), to=tmp_path / "to", **QUICK | {"steps": 1})
+    assert distance(factors(dense / "adapter"), factors(trained.adapter)) > 0.1 * QUICK["lr"]
+
+
 @gptq
 def test_the_settings_file_repeats_the_run(out, rows, tmp_path):
-    from cloq.training import resolve
     from cloq.training.run import run
 
     first = cloq.train(out, data=str(rows), to=tmp_path / "first", recipe="gsm8k", **QUICK)
     assert first.spec.recipe == "gsm8k-2bit" and first.spec.accumulation == 2 and first.spec.lr == QUICK["lr"]
     again = run(resolve(None, tmp_path / "first/train.yaml", {}), tmp_path / "again")
     assert factors(first.adapter).keys() == factors(again.adapter).keys() and distance(factors(first.adapter), factors(again.adapter)) == 0
+
+
+def recipe_for(out: Path, **settings) -> str:
+    return resolve(out, None, {"data": "rows.jsonl", "recipe": "gsm8k"} | settings).recipe
+
+
+def test_a_recipe_takes_the_width_of_a_base_elsewhere(tmp_path):
+    """As after `cloq init`: the adapter alone names it."""
+    out = tiny_run(tmp_path, 3).store.out
+    shutil.move(out / "model", tmp_path / "elsewhere")
+    edit_json(out / "adapter/adapter_config.json", lambda c: c.update(base_model_name_or_path=str(tmp_path / "elsewhere")))
+    assert recipe_for(out) == "gsm8k-3bit"
+    adapter = shutil.move(out / "adapter", tmp_path / "adapter")
+    assert recipe_for(out, adapter=str(adapter)) == "gsm8k-3bit"
+    with pytest.raises(TrainingError, match="has no adapter"):
+        recipe_for(out)
+
+
+def test_a_recipe_takes_the_width_that_a_dense_base_was_rounded_to(tmp_path):
+    run = tiny_run(tmp_path, 2, "dense")
+    out, spec = run.store.out, run_spec(model=str(run.decoder.folder), bits=3)  # the layers are at 2, as where rules say so
+    write_run_file(spec, out)
+    assert recipe_for(out) == "gsm8k-3bit"
+    write_report(out, Report(spec, run.store.summaries(), 1.0, {}))
+    assert recipe_for(out) == recipe_for(out, base=str(out / "model")) == "gsm8k-2bit"
 
 
 @gptq
@@ -175,6 +220,45 @@ def test_two_processes_are_one_with_twice_the_batch(out, rows, tmp_path):
     assert math.isclose(report["evaluations"][-1]["loss"], one.report["evaluations"][-1]["loss"], rel_tol=1e-4)
 
 
+@pytest.mark.slow
+def test_accelerate_launches_it_too(dense, rows, tmp_path):
+    launch = [
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "29574",
+        "-m",
+        "cloq",
+        "train",
+    ]
+    flags = ["--steps", "2", "--batch-size", "4", "--seq-len", "64", "--device", "cpu", "--lr", "1e-3", "--json"]
+    argv = [sys.executable, *launch, str(dense), "--data", str(rows), "--to", str(tmp_path / "two"), *flags]
+    said = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
+    assert [event["step"] for event in map(json.loads, said.splitlines()) if event["event"] == "step"] == [1, 2]
+    assert json.loads((tmp_path / "two/training.json").read_text())["processes"] == 2
+    one = cloq.train(dense, data=str(rows), to=tmp_path / "one", **QUICK | {"steps": 2, "accumulation": 2})
+    moved = distance(factors(dense / "adapter"), factors(one.adapter))
+    assert distance(factors(tmp_path / "two"), factors(one.adapter)) < 1e-3 * moved
+
+
+def test_bfloat16_computes_and_float32_trains(dense, rows, tmp_path):
+    trained = cloq.train(dense, data=str(rows), to=tmp_path / "to", precision="bf16", **QUICK | {"steps": 12, "lr": 5e-3})
+    assert trained.report["precision"] == "bf16" and trained.losses[-1] < 0.9 * trained.losses[0]
+    assert {tensor.dtype for tensor in factors(trained.adapter).values()} == {torch.float32}
+
+
+@needs("tensorboard")
+def test_tensorboard_is_told_of_every_step(dense, rows, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trained = cloq.train(dense, data=str(rows), to=tmp_path / "to", report_to="tensorboard", **QUICK)
+    events = EventAccumulator(str(next((tmp_path / "to/checkpoints/runs").iterdir()))).Reload()
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(trained.losses)
+
+
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
@@ -192,6 +276,34 @@ def test_a_loss_that_is_no_number_ends_it_and_keeps_the_last_checkpoint(out, row
     assert [p.name for p in (tmp_path / "to/checkpoints").glob("checkpoint-*")] == ["checkpoint-2"]
     monkeypatch.undo()
     assert len(cloq.train(out, data=str(rows), to=tmp_path / "to", **QUICK | {"steps": 6, "save_every": 2}).losses) == 6
+
+
+def test_without_a_checkpoint_none_is_promised(dense, rows, tmp_path, monkeypatch):
+    step, calls = Trainer.training_step, []
+    monkeypatch.setattr(Trainer, "training_step", lambda *a, **k: step(*a, **k) * (float("nan") if calls else calls.append(1) or 1))
+    with pytest.raises(TrainingError, match=r"the loss of step 2 is not a finite number.*no checkpoint yet.*lower --lr"):
+        cloq.train(dense, data=str(rows), to=tmp_path / "to", **QUICK)
+
+
+@pytest.mark.parametrize(("settings", "where"), [({}, "loss of step 1"), ({"eval_share": 0.2}, "evaluation loss before the first step")])
+def test_a_broken_start_is_called_one(dense, rows, tmp_path, settings, where):
+    adapter = shutil.copytree(dense / "adapter", tmp_path / "adapter")
+    edit_tensors(adapter / "adapter_model.safetensors", lambda t: next(iter(t.values())).fill_(1e38))
+    events = []
+    with pytest.raises(
+        TrainingError, match=rf"the {where} is not a finite number.*no learning rate helps.*factors that are too large.*cloq check"
+    ):
+        cloq.train(
+            dense, data=str(rows), to=tmp_path / "to", adapter=str(adapter), emit=lambda event, _: events.append(event), **QUICK | settings
+        )
+    assert events == ["start"]
+
+
+def test_a_weight_of_the_start_that_is_no_number_is_named(rows, tmp_path):
+    out = tiny_run(tmp_path, form="dense").store.out
+    edit_tensors(out / "model/model.safetensors", lambda t: t["model.norm.weight"].fill_(float("nan")))
+    with pytest.raises(TrainingError, match=r"the start is broken \(NaN or Inf in .*model.norm.weight\)"):
+        cloq.train(out, data=str(rows), **QUICK)
 
 
 @gptq
