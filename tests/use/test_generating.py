@@ -215,6 +215,24 @@ def test_another_adapter(run, tmp_path, capsys, tokenizer):
     assert said(capsys, run.store.out, "--prompt", "Once upon", "--max-new-tokens", 12, "--adapter", trained) == expected
 
 
+def test_an_adapter_of_another_base_is_refused_before_anything_is_loaded(run, tmp_path, capsys, monkeypatch):
+    from tests.finished import edit_json
+
+    other = finish("llama", tmp_path, lambda name, weight: Rtn(4, 32).quantize(weight), seed=7)
+    adapter = other.adapter(other.export("dense", dtype="float32"))
+    argv = ["generate", str(run.store.out), "-p", "a", "--max-new-tokens", "1", "--adapter", str(adapter)]
+    assert main([*argv, "--base", str(run.store.out / "model")]) == 0
+    monkeypatch.setattr("cloq.use.loading.load_base", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("cloq.use.generating.load_dense", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+    capsys.readouterr()
+    for further in ([], ["--compare"]):
+        assert main([*argv, *further]) == 2
+        assert f"says that it belongs to {other.store.out / 'model'}, not to" in capsys.readouterr().err
+    edit_json(adapter / "adapter_config.json", lambda config: config.update(r=8, lora_alpha=8))
+    assert main([*argv, "--base", str(run.store.out / "model")]) == 2
+    assert "do not belong together" in capsys.readouterr().err
+
+
 def test_a_trained_adapter_that_nobody_asked_for_is_mentioned(run, tmp_path, capsys):
     out = shutil.copytree(run.store.out, tmp_path / "out")
     shutil.copytree(out / "adapter", out / "trained")
