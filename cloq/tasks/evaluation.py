@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean
 
 from cloq.errors import TaskError
+from cloq.specs import require_seed
 from cloq.tasks.rows import TaskRows, read_task
 from cloq.tasks.spec import Options, RowResult, TaskScore
 from cloq.tasks.table import TASKS, nearest, own_task
@@ -46,6 +47,7 @@ class TaskSettings:
         _require(
             self.max_new_tokens is None or self.max_new_tokens >= 1, f"--max-new-tokens is {self.max_new_tokens}; it must be at least 1"
         )
+        require_seed("--seed", self.seed)
         _require(not (self.chat and self.shots), "--chat asks without examples; leave --shots out")
         unknown = sorted(set(self.data) - set(self.names) - {own.name for name in self.names if (own := own_task(name))} - {""})
         _require(not unknown, f"--task-data names {', '.join(unknown)}, which is not among the tasks {', '.join(self.names)}")

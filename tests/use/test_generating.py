@@ -138,6 +138,8 @@ def test_the_dense_model_is_freed_before_the_base_is_loaded(run, monkeypatch):
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p is 0.0; it is a share"),
         ({"top_p": 0.5}, "at temperature 0 nothing is drawn"),
+        ({"seed": -1}, "seed is -1; allowed: 0 to 4294967295"),
+        ({"temperature": 1.0, "seed": 10**20}, "seed is 100000000000000000000; allowed: 0"),
     ],
 )
 def test_settings_out_of_range(settings, message):
