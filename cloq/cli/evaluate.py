@@ -46,7 +46,7 @@ BatchTokens = Annotated[int, typer.Option("--batch-tokens", help="Tokens per for
 NewTokens = Annotated[
     int | None, typer.Option("--max-new-tokens", help="Of a generated answer.", show_default="the task's", rich_help_panel=_TASKS)
 ]
-Chat = Annotated[bool, typer.Option("--chat", help="Questions through the tokenizer's chat template.", rich_help_panel=_TASKS)]
+Chat = Annotated[bool, typer.Option("--chat", help="Every row through the tokenizer's chat template.", rich_help_panel=_TASKS)]
 Harness = Annotated[bool, typer.Option("--harness", help="By lm-eval, also tasks that cloq has itself.", rich_help_panel=_TASKS)]
 Include = Annotated[Path | None, typer.Option("--include", help="Folder with lm-eval tasks of your own (YAML).", rich_help_panel=_TASKS)]
 Decoded = Annotated[

@@ -23,7 +23,7 @@ class TaskSettings:
 
     names: tasks of our table, or of lm-eval. data: files and folders by task; under `""` what serves all. limit: rows of each task, drawn
     by `seed`. shots: examples before each row, `None` for the task's own number. batch_tokens: padded tokens per forward. max_new_tokens:
-    `None` for the task's own number. chat: questions go through the tokenizer's chat template. harness: everything by lm-eval, also what
+    `None` for the task's own number. chat: every row goes through the tokenizer's chat template. harness: everything by lm-eval, also what
     the table has. include: folder with tasks of one's own in lm-eval's YAML.
     """
 
@@ -88,10 +88,8 @@ def prepare(settings: TaskSettings) -> PreparedTasks:
 
 
 def _protocol(rows: TaskRows, settings: TaskSettings) -> str:
-    """With whatever the user changed about how answers are generated."""
-    if not rows.task.generative:
-        return rows.protocol
-    most = f", at most {settings.max_new_tokens} new tokens" if settings.max_new_tokens else ""
+    """With whatever the user changed about how the rows are asked."""
+    most = f", at most {settings.max_new_tokens} new tokens" if settings.max_new_tokens and rows.task.generative else ""
     return rows.protocol + (", chat template" if settings.chat else "") + most
 
 
@@ -133,7 +131,7 @@ def _answer_own(model, rows: TaskRows, settings: TaskSettings, count) -> list[Ro
 
     if rows.task.generative:
         return answer_questions(model, rows, settings.batch_tokens, settings.max_new_tokens, settings.chat, count)
-    return answer_options(model, rows, settings.batch_tokens, count)
+    return answer_options(model, rows, settings.batch_tokens, settings.chat, count)
 
 
 def _own_scores(rows: TaskRows, found: Sequence[RowResult], label: str, weights: str, settings: TaskSettings) -> list[TaskScore]:

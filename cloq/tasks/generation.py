@@ -135,4 +135,7 @@ def chat_prompt(model: TaskModel, instruction: str) -> str:
     """The instruction as a user's turn, up to where the assistant's begins."""
     if not model.tokenizer.chat_template:
         raise TaskError("the model's tokenizer has no chat template; leave --chat out")
-    return model.tokenizer.apply_chat_template([{"role": "user", "content": instruction}], tokenize=False, add_generation_prompt=True)
+    try:
+        return model.tokenizer.apply_chat_template([{"role": "user", "content": instruction}], tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program: it raises what its author chose
+        raise TaskError(f"the tokenizer's chat template refuses a row ({str(error).splitlines()[0][:200]}); leave --chat out") from error
