@@ -19,6 +19,9 @@ _TASKS, _COMPARE = "Tasks", "Comparison"
 
 Models = Annotated[list[str], typer.Argument(metavar="OUT", help="Folder of a finished run, of an adapter or of a model; or a hub id.")]
 Text = Annotated[str | None, typer.Option("--text", help="Evaluation text: a file, or any source that --calib takes.", show_default=TEXT)]
+TextColumn = Annotated[
+    str | None, typer.Option("--text-column", help="Column of the text, where it is not found by itself.", show_default=False)
+]
 SeqLen = Annotated[
     int | None,
     typer.Option("--seq-len", help="Tokens per sequence; part of the protocol's name.", show_default="2048, or the model's context"),
@@ -69,6 +72,7 @@ Compare = Annotated[
 def evaluate(
     models: Models,
     text: Text = None,
+    text_column: TextColumn = None,
     seq_len: SeqLen = None,
     samples: Samples = None,
     dense: Dense = True,
@@ -101,7 +105,7 @@ def evaluate(
 
     quiet_libraries()
     require_seed("--seed", seed)
-    measured = TextSettings(text or TEXT, seq_len, samples)
+    measured = TextSettings(text or TEXT, seq_len, samples, text_column)
     if tasks is not None:
         names = tuple(name.strip() for name in tasks.split(",") if name.strip())
         settings = TaskSettings(names, _data(task_data), limit, shots, seed, batch_tokens, max_new_tokens, chat, harness, include)
@@ -109,6 +113,7 @@ def evaluate(
     running = any(subject.base is not None for subject in subjects)
     run = None if compare else _run_folder(models[0])
     kept = (rows or (run / ROWS_FILE if run else None)) if running else None
+    _refuse_unusable(run if running else None, kept)
     device = resolve_device(device)
     asked = Asked(
         measured if running and (text is not None or tasks is None) else None,
@@ -153,6 +158,17 @@ def _run_folder(model: str) -> Path | None:
     from cloq.benchmark import is_run
 
     return Path(model) if is_run(Path(model)) else None
+
+
+def _refuse_unusable(run: Path | None, rows: Path | None) -> None:
+    """Of what results will be added to, before there are any."""
+    from cloq.report import read_report
+    from cloq.tasks.records import refuse_unusable
+
+    if run is not None:
+        read_report(run)
+    if rows is not None:
+        refuse_unusable(rows)
 
 
 def _keep(outcomes: list, run: Path | None, rows: Path | None) -> None:

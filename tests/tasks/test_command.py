@@ -267,6 +267,42 @@ def test_code_that_comes_with_a_model_is_run_where_it_is_trusted(place, capsys, 
         assert main(["eval", str(own), *map(str, asked), "--device", "cpu", "--trust-remote-code"]) == 0
 
 
+def test_messages_name_options_of_this_command(place, capsys, none_runs, tmp_path, monkeypatch):
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "odd.jsonl").write_text('{"id": "a", "line": "It was a bright cold day in April."}\n' * 20)
+    assert "empty.jsonl holds no text; give other text to --text" in refused(capsys, place / "run", "--text", tmp_path / "empty.jsonl")
+    said = refused(capsys, place / "run", "--text", tmp_path / "odd.jsonl")
+    assert "Name the column with --text-column; there are: id (text), line (text)" in said
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("no network")))
+    said = refused(capsys, place / "run")
+    assert "Without the hub: --text demo (always there), or a local file such as --text text.txt" in said
+
+
+def test_a_column_of_text_can_be_named(place, evaluate, tmp_path):
+    (tmp_path / "odd.jsonl").write_text('{"id": "a", "line": "It was a bright cold day in April."}\n' * 20)
+    assert evaluate(place / "model", "--text", tmp_path / "odd.jsonl", "--text-column", "line", "--seq-len", 32)[0]["tokens"] > 100
+
+
+def test_where_results_cannot_go_nothing_is_evaluated(place, capsys, none_runs, tmp_path):
+    (tmp_path / "file").write_text("a file\n")
+    said = refused(capsys, place / "run", *short_text(place), "--rows", tmp_path / "file/rows.jsonl")
+    assert "cannot write to" in said and "name another file with --rows" in said and "--out" not in said
+    (tmp_path / "mine.jsonl").write_text('{"text": "mine"}\n')
+    assert "is no row of an evaluation" in refused(capsys, place / "run", *short_text(place), "--rows", tmp_path / "mine.jsonl")
+    broken = shutil.copytree(place / "run", tmp_path / "broken")
+    (broken / "report.json").write_text("{")
+    assert "report.json is damaged" in refused(capsys, broken, *short_text(place))
+
+
+def test_an_interrupted_evaluation_does_not_say_that_it_continues(place, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cloq.use.evaluate.perplexity", interrupted)
+    assert main(["eval", str(place / "run"), *map(str, short_text(place)), "--json"]) == 130
+    assert capsys.readouterr().err == "interrupted; nothing is kept of it, the same command starts over\n"
+
+
 def test_names_that_are_nothing_are_refused(place, capsys, tmp_path):
     for argv, said in (
         (["no-such-run"], "no-such-run is no folder of a run, an adapter or a model, no stored rows, and no hub id"),
