@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 from cloq.api import RUN_FILE, read_run_file
 from cloq.errors import CalibrationError, RunError, SpecError
 from cloq.specs import require
-from cloq.tasks.evaluation import PreparedTasks, answer
+from cloq.tasks.evaluation import PreparedTasks, answer, score_of
 from cloq.tasks.records import is_record, read_records
-from cloq.tasks.score import Difference, Estimate, estimate, paired
+from cloq.tasks.score import Difference, paired
 from cloq.tasks.spec import RowResult, TaskScore
 from cloq.use.evaluate import Quality
 
@@ -321,15 +321,14 @@ def _measured(rows: Sequence[RowResult]) -> list[tuple[str, str]]:
 def all_scores(outcome: Outcome, seed: int = 0) -> list[TaskScore]:
     """The outcome's scores, and those of its other rows: perplexities, and what was stored earlier."""
     known = {(score.task, score.metric, score.protocol) for score in outcome.scores}
-    found: dict[tuple[str, str, str], list[float]] = {}
+    found: dict[tuple[str, str, str], list[RowResult]] = {}
     for row in outcome.rows:
-        for metric, value in row.metrics.items():
-            found.setdefault((row.task, metric, row.protocol), []).append(value)
-    further = [_score(outcome, *key, estimate(key[1], values, seed)) for key, values in found.items() if key not in known]
-    return [*outcome.scores, *further]
-
-
-def _score(outcome: Outcome, task: str, metric: str, protocol: str, one: Estimate) -> TaskScore:
+        for metric in row.metrics:
+            found.setdefault((row.task, metric, row.protocol), []).append(row)
     weights = "as its files decode" if outcome.subject.base else "stored rows"
-    label = outcome.subject.label
-    return TaskScore(label, task, metric, one.value, one.stderr, one.low, one.high, one.rows, one.rows, protocol, weights)
+    further = [
+        score_of(task, metric, rows, outcome.subject.label, weights, seed)
+        for (task, metric, protocol), rows in found.items()
+        if (task, metric, protocol) not in known
+    ]
+    return [*outcome.scores, *further]

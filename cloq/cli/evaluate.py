@@ -122,6 +122,8 @@ def evaluate(
         device == "cpu" if decoded is None else decoded,
         trust_remote_code,
     )
+    for note in [rows.note for rows in asked.tasks.own if rows.note] if asked.tasks is not None else ():
+        print(f"note: {note}", file=sys.stderr)
     with redirect_stdout(sys.stderr):  # libraries print there what is no result
         texts = look(subjects, asked)
         with counting("evaluating", quiet=json) as count:

@@ -267,6 +267,23 @@ def test_code_that_comes_with_a_model_is_run_where_it_is_trusted(place, capsys, 
         assert main(["eval", str(own), *map(str, asked), "--device", "cpu", "--trust-remote-code"]) == 0
 
 
+def test_stored_rows_keep_chance_and_how_many_there_were(place, capsys, tmp_path):
+    argv = ["eval", "--compare", place / "model", place / "run", *tasks(place, "arc_easy"), "--limit", 3, "--rows", tmp_path / "rows.jsonl"]
+    assert main([str(a) for a in argv]) == 0
+    now = capsys.readouterr().out
+    assert main(["eval", "--compare", str(tmp_path / "rows.jsonl")]) == 0
+    later = capsys.readouterr().out
+    lines = [line.split() for line in later.splitlines() if "arc_easy" in line]
+    assert lines[0][2:6] == ["3", "of", "8", "25.0"]
+    assert lines == [line.split() for line in now.splitlines() if "arc_easy" in line]
+
+
+def test_a_training_file_that_is_named_is_evaluated_and_said(place, capsys, tmp_path):
+    data = shutil.copy(place / "data/piqa_validation.jsonl", tmp_path / "piqa_train.jsonl")
+    assert main(["eval", str(place / "model"), "--tasks", "piqa", "--task-data", f"piqa={data}"]) == 0
+    assert "note: piqa: piqa_train.jsonl is a training file by its name" in capsys.readouterr().err
+
+
 def test_messages_name_options_of_this_command(place, capsys, none_runs, tmp_path, monkeypatch):
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "odd.jsonl").write_text('{"id": "a", "line": "It was a bright cold day in April."}\n' * 20)
