@@ -208,13 +208,14 @@ _ON_ITS_BASE = "to evaluate it on the base that it was trained on, name that as 
 def _look_at(subject: Subject, asked: Asked) -> None:
     from cloq.export.peft import AdapterFolder
     from cloq.export.read import QuantizedFolder, read_config
-    from cloq.models import load_config
+    from cloq.models import load_config, max_positions
+    from cloq.tasks.generation import room_beside
     from cloq.tasks.model import look_at
     from cloq.use.pairing import refuse_unfit
 
     base, trust = subject.base, asked.trust_remote_code
     read_config(base)  # a path that is no model folder should not be looked for on the hub
-    load_config(base, trust)
+    limit = max_positions(load_config(base, trust))
     if subject.adapter is not None:
         adapter = AdapterFolder(subject.adapter)
         refuse_unfit(adapter, base, subject.run, trust, _ON_ITS_BASE)
@@ -224,6 +225,8 @@ def _look_at(subject: Subject, asked: Asked) -> None:
         QuantizedFolder(base).decoder(trust_remote_code=trust)  # finds every tensor in its shape
     if asked.tasks is not None:
         look_at(base, subject.adapter, asked.decoded, asked.tasks.settings.chat, trust)
+        for task in [rows.task for rows in asked.tasks.own if rows.task.generative]:
+            room_beside(asked.tasks.settings.max_new_tokens or task.max_new_tokens, limit)
 
 
 def _seq_len(subjects: Sequence[Subject], asked: Asked) -> int:

@@ -236,6 +236,8 @@ def test_every_model_is_looked_at_before_the_first_is_run(place, capsys, none_ru
     tiny = wide_model(tmp_path / "tiny", max_position_embeddings=48)
     said = refused(capsys, "--compare", place / "run", tiny, "--text", place / "text.txt", "--seq-len", 64)
     assert "--seq-len is 64, but tiny takes at most 48 tokens; use --seq-len 48" in said
+    said = refused(capsys, "--compare", place / "run", tiny, *tasks(place, "svamp"))
+    assert "256 new tokens do not fit a context of 48; lower --max-new-tokens" in said
 
 
 def test_without_a_length_it_is_that_of_the_smallest_context(place, evaluate, tmp_path):
