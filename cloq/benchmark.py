@@ -153,6 +153,9 @@ def _subject(label: str | None, model: str, adapter: Path | None = None) -> Subj
     return Subject(label or folder.name, locate(model))
 
 
+_WITH_ITS_BASE = "name its base, or the run, as the model: cloq eval BASE --adapter"
+
+
 def _base_of(adapter: Path) -> Path:
     """The model that an adapter names as its base."""
     from cloq.export.peft import AdapterFolder
@@ -160,7 +163,9 @@ def _base_of(adapter: Path) -> Path:
 
     stated = AdapterFolder(adapter).config.get("base_model_name_or_path")
     if not stated:
-        raise RunError(f"{adapter} does not name its base; give the base as the model and this folder as --adapter")
+        raise RunError(f"{adapter} does not name its base; {_WITH_ITS_BASE} {adapter}")
+    if Path(stated).is_absolute() and not Path(stated).exists():
+        raise RunError(f"{adapter} names its base as {stated}, which is not there; {_WITH_ITS_BASE} {adapter}")
     return locate(stated)
 
 

@@ -323,10 +323,13 @@ def test_an_interrupted_evaluation_does_not_say_that_it_continues(place, capsys,
 
 
 def test_names_that_are_nothing_are_refused(place, capsys, tmp_path):
+    moved = shutil.copytree(place / "trained", tmp_path / "moved")
+    edit_json(moved / "adapter_config.json", lambda config: config.update(base_model_name_or_path=str(tmp_path / "gone")))
     for argv, said in (
         (["no-such-run"], "no-such-run is no folder of a run, an adapter or a model, no stored rows, and no hub id"),
         (["--compare", str(place / "run"), f"a={place / 'model'}", f"a={place / 'trained'}"], "two models would be called 'a'"),
         (["--compare", str(place / "text.jsonl"), str(place / "run")], "text.jsonl"),
+        ([str(moved)], f"names its base as {tmp_path / 'gone'}, which is not there; name its base, or the run, as the model: cloq eval"),
     ):
         assert main(["eval", *argv]) == 2
         assert said in capsys.readouterr().err
