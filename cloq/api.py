@@ -195,6 +195,7 @@ def _base_folder(out: Path) -> Path:
 def export(out: str | Path, form: str, target: str | Path | None = None) -> Path:
     """Writes a finished run's base in another format, by default into `out/model-FORMAT`. `ExportError` if that cannot hold it."""
     from cloq.export import FORMATS, write_model
+    from cloq.export.folder import ANOTHER_TARGET
     from cloq.streaming.store import Store
 
     if form not in FORMATS:
@@ -202,7 +203,9 @@ def export(out: str | Path, form: str, target: str | Path | None = None) -> Path
     store = Store(out)
     store.manifest()
     spec = read_run_file(store.out / RUN_FILE)
-    return write_model(open_decoder(spec.replace(device="cpu")), store, FORMATS[form](), Path(target or store.out / f"model-{form}"))
+    return write_model(
+        open_decoder(spec.replace(device="cpu")), store, FORMATS[form](), Path(target or store.out / f"model-{form}"), ANOTHER_TARGET
+    )
 
 
 def export_one_rank(out: str | Path, adapter: str | Path | None = None, target: str | Path | None = None) -> Path:

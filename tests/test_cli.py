@@ -123,6 +123,12 @@ def test_export_writes_an_adapter_of_one_rank(finished, tmp_path, capsys):
     assert (tmp_path / "padded/adapter_config.json").exists() and "padded" in capsys.readouterr().out
 
 
+def test_a_folder_that_cannot_be_written_is_refused_with_an_option_of_the_command(finished, text, capsys):
+    for what in (["--format", "container"], ["--one-rank"]):
+        said = refused(capsys, "export", finished, *what, "--to", text / "there")
+        assert "cannot write to" in said and "choose another --to" in said and "--out" not in said
+
+
 def test_plan_says_what_will_happen_without_doing_it(model, text, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["plan", str(model), "--calib", str(text), *TINY]) == 0

@@ -42,9 +42,20 @@ def main(argv: list[str] | None = None) -> int:
             error.show(file=sys.stderr)
     except (KeyboardInterrupt, typer.Abort):  # typer turns the first into its own exit code on some paths
         if is_first():
-            print("interrupted; finished blocks are kept, the same command continues", file=sys.stderr)
+            print(f"interrupted{_left(sys.argv[1:] if argv is None else argv)}", file=sys.stderr)
         return INTERRUPTED
     return USER_ERROR
+
+
+_RESUMED = "; finished blocks are kept, the same command continues"
+_STARTS_OVER = "; nothing is kept of it, the same command starts over"
+_LEFT = {name: _RESUMED for name in ("quantize", "init", "demo")} | {name: _STARTS_OVER for name in ("eval", "merge", "export")}
+_LEFT["train"] = "; checkpoints are kept, the same command continues"
+
+
+def _left(argv: list[str]) -> str:
+    """What an interrupted command leaves behind, where it is one that writes."""
+    return _LEFT.get(next((word for word in argv if not word.startswith("-")), ""), "")
 
 
 def told(error: CloqError | str) -> str:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from cloq.cli.app import app
+from cloq.cli.use import TrustCode
 
 TEXT = "Salesforce/wikitext:wikitext-2-raw-v1:test"
 ROWS_FILE = "evaluation.jsonl"
@@ -18,10 +19,19 @@ _TASKS, _COMPARE = "Tasks", "Comparison"
 
 Models = Annotated[list[str], typer.Argument(metavar="OUT", help="Folder of a finished run, of an adapter or of a model; or a hub id.")]
 Text = Annotated[str | None, typer.Option("--text", help="Evaluation text: a file, or any source that --calib takes.", show_default=TEXT)]
-SeqLen = Annotated[int, typer.Option("--seq-len", help="Tokens per sequence; part of the protocol's name.")]
+TextColumn = Annotated[
+    str | None, typer.Option("--text-column", help="Column of the text, where it is not found by itself.", show_default=False)
+]
+SeqLen = Annotated[
+    int | None,
+    typer.Option("--seq-len", help="Tokens per sequence; part of the protocol's name.", show_default="2048, or the model's context"),
+]
 Samples = Annotated[int | None, typer.Option("--samples", help="Only the first sequences.", show_default="all")]
 Dense = Annotated[bool, typer.Option("--dense/--no-dense", help="Also the 16-bit model that the run started from.")]
-Adapters = Annotated[list[Path], typer.Option("--adapter", help="Also the base with this adapter (repeatable).", show_default=False)]
+Adapters = Annotated[
+    list[str],
+    typer.Option("--adapter", help="Also the base with this adapter, PATH or NAME=PATH (repeatable).", show_default=False),
+]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.")]
 Json = Annotated[bool, typer.Option("--json", help="JSON on standard output instead of tables.")]
 Tasks = Annotated[
@@ -39,7 +49,7 @@ BatchTokens = Annotated[int, typer.Option("--batch-tokens", help="Tokens per for
 NewTokens = Annotated[
     int | None, typer.Option("--max-new-tokens", help="Of a generated answer.", show_default="the task's", rich_help_panel=_TASKS)
 ]
-Chat = Annotated[bool, typer.Option("--chat", help="Questions through the tokenizer's chat template.", rich_help_panel=_TASKS)]
+Chat = Annotated[bool, typer.Option("--chat", help="Every row through the tokenizer's chat template.", rich_help_panel=_TASKS)]
 Harness = Annotated[bool, typer.Option("--harness", help="By lm-eval, also tasks that cloq has itself.", rich_help_panel=_TASKS)]
 Include = Annotated[Path | None, typer.Option("--include", help="Folder with lm-eval tasks of your own (YAML).", rich_help_panel=_TASKS)]
 Decoded = Annotated[
@@ -62,7 +72,8 @@ Compare = Annotated[
 def evaluate(
     models: Models,
     text: Text = None,
-    seq_len: SeqLen = 2048,
+    text_column: TextColumn = None,
+    seq_len: SeqLen = None,
     samples: Samples = None,
     dense: Dense = True,
     adapter: Adapters = [],  # noqa: B006 - never mutated
@@ -80,29 +91,48 @@ def evaluate(
     compare: Compare = False,
     rows: Rows = None,
     device: Device = "auto",
+    trust_remote_code: TrustCode = False,
     json: Json = False,
 ) -> None:
     """Perplexity, and accuracy on tasks, of the 16-bit model, the base alone and the base with its adapter; or of any other models."""
+    from cloq.benchmark import Asked, TextSettings, look
+    from cloq.benchmark import evaluate as evaluated
+    from cloq.cli.progress import counting
     from cloq.models import quiet_libraries
+    from cloq.specs import require_seed
+    from cloq.streaming.device import resolve_device
     from cloq.tasks import TaskSettings, prepare
 
     quiet_libraries()
+    require_seed("--seed", seed)
+    measured = TextSettings(text or TEXT, seq_len, samples, text_column)
     if tasks is not None:
         names = tuple(name.strip() for name in tasks.split(",") if name.strip())
         settings = TaskSettings(names, _data(task_data), limit, shots, seed, batch_tokens, max_new_tokens, chat, harness, include)
     subjects = _subjects(models, compare, adapter, dense)
-    running = [subject for subject in subjects if subject.base is not None]
-    prepared = prepare(settings) if tasks is not None and running else None
-    text = TEXT if text is None and tasks is None and running else text
-    with redirect_stdout(sys.stderr):  # libraries print there what is no result
-        outcomes = _outcomes(subjects, prepared, text, seq_len, samples, device, decoded, json)
+    running = any(subject.base is not None for subject in subjects)
     run = None if compare else _run_folder(models[0])
-    kept = rows or (run / ROWS_FILE if run else None)
+    kept = (rows or (run / ROWS_FILE if run else None)) if running else None
+    _refuse_unusable(run if running else None, kept)
+    device = resolve_device(device)
+    asked = Asked(
+        measured if running and (text is not None or tasks is None) else None,
+        prepare(settings) if running and tasks is not None else None,
+        device,
+        device == "cpu" if decoded is None else decoded,
+        trust_remote_code,
+    )
+    for note in [rows.note for rows in asked.tasks.own if rows.note] if asked.tasks is not None else ():
+        print(f"note: {note}", file=sys.stderr)
+    with redirect_stdout(sys.stderr):  # libraries print there what is no result
+        texts = look(subjects, asked)
+        with counting("evaluating", quiet=json) as count:
+            outcomes = evaluated(subjects, asked, texts, count)
     _keep(outcomes, run, kept)
-    _print(outcomes, compare, seed, kept if running else None, json)
+    _print(outcomes, compare, seed, kept, json)
 
 
-def _subjects(models: list[str], compare: bool, adapters: list[Path], dense: bool) -> list:
+def _subjects(models: list[str], compare: bool, adapters: list[str], dense: bool) -> list:
     from cloq.benchmark import compared, subjects_of
     from cloq.errors import SpecError
 
@@ -126,31 +156,21 @@ def _data(arguments: list[str]) -> dict[str, Path]:
     return found
 
 
-def _outcomes(
-    subjects: list, prepared, text: str | None, seq_len: int, samples: int | None, device: str, decoded: bool | None, quiet: bool
-) -> list:  # fmt: skip
-    """What came of every subject, perplexity and tasks together."""
-    from cloq.benchmark import Outcome, answer_tasks, measure_perplexity, text_tokens
-    from cloq.cli.progress import counting
-    from cloq.streaming.device import resolve_device
-
-    device, found = resolve_device(device), []
-    decoded = device == "cpu" if decoded is None else decoded
-    with counting("evaluating", quiet=quiet) as count:
-        for subject in subjects:
-            parts = [Outcome(subject, subject.rows)]
-            if subject.base is not None and text is not None:
-                parts.append(measure_perplexity(subject, text_tokens(subject, text, seq_len, samples), text, device, count))
-            if subject.base is not None and prepared is not None:
-                parts.append(answer_tasks(subject, prepared, device, decoded, count))
-            found.append(Outcome(subject, *(sum((getattr(part, key) for part in parts), ()) for key in ("rows", "scores", "quality"))))
-    return found
-
-
 def _run_folder(model: str) -> Path | None:
     from cloq.benchmark import is_run
 
     return Path(model) if is_run(Path(model)) else None
+
+
+def _refuse_unusable(run: Path | None, rows: Path | None) -> None:
+    """Of what results will be added to, before there are any."""
+    from cloq.report import read_report
+    from cloq.tasks.records import refuse_unusable
+
+    if run is not None:
+        read_report(run)
+    if rows is not None:
+        refuse_unusable(rows)
 
 
 def _keep(outcomes: list, run: Path | None, rows: Path | None) -> None:

@@ -110,12 +110,14 @@ class _Talk:
         from cloq.export.read import read_config
         from cloq.models import load_config, load_tokenizer, max_positions
         from cloq.streaming.device import resolve_device
-        from cloq.use.pairing import base_folder
+        from cloq.use.pairing import base_folder, refuse_unfit
 
         device = resolve_device(device)
         self.out, self.sampling, self.chat = out, sampling, chat
-        folder = base or base_folder(out, AdapterFolder(adapter or out / "adapter"))
+        factors = AdapterFolder(adapter or out / "adapter")
+        folder = base or base_folder(out, factors)
         read_config(folder)  # a path that is no model folder should not be looked for on the hub
+        refuse_unfit(factors, folder, None if base else out, trust)  # before the 16-bit model is loaded to be compared with
         self.limit = max_positions(load_config(folder, trust))
         self.tokenizer = load_tokenizer(folder, trust)
         self.options = {"trust_remote_code": trust} | ({} if device == "cpu" else {"device_map": {"": device}})

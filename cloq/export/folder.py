@@ -23,33 +23,38 @@ from cloq.export.format import Contents, Format
 from cloq.export.read import read_config, reader_of
 from cloq.models import Decoder, is_conv1d
 from cloq.models.experts import fuse
-from cloq.streaming.store import Store, write_atomically, write_tensors, writing
+from cloq.streaming.store import Store, resumed, write_atomically, write_tensors, writing
 from cloq.types import WeightLayout
 
 SHARD_BYTES = 1 << 30
 
+ANOTHER_TARGET = "make room or choose another --to, and run the same command again"
+"""The remedy of commands that write one folder."""
 _COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*.jinja", "LICENSE*", "NOTICE*", "*.tiktoken")
 _NOT_COPIED = ("config.json", "*.index.json", "adapter_config.json", "quantize_config.json", "trainer_state.json")
 
 
-def write_model(decoder: Decoder, store: Store, form: Format, target: Path) -> Path:
+def write_model(decoder: Decoder, store: Store, form: Format, target: Path, remedy: str = resumed("--out")) -> Path:
     """Writes `target` in the given format from a finished store. Replaces an earlier export of the run, and nothing else.
 
     Raises `ExportError` if the format cannot hold the result, the run is not finished, or `target` has other content; `RunError`
-    if the disk is full.
+    with the remedy if the disk is full.
     """
     finished, total = store.finished(), len(decoder.blocks)
     if finished < total:
         raise ExportError(f"{store.out} has {finished} of {total} blocks finished; run cloq quantize again to complete it")
     refuse_other_content(target, target.resolve().parent == store.out.resolve() and target.name.split("-")[0] == "model")
     config, contents = _checked(decoder, {name: summary.layout for name, summary in store.summaries().items()}, form)
-    return write_folder(_all_tensors(decoder, store, form, contents), config, decoder.folder, target)
+    return write_folder(_all_tensors(decoder, store, form, contents), config, decoder.folder, target, remedy)
 
 
-def write_folder(tensors: Iterable[tuple[str, Tensor]], config: dict[str, Any], companions: Path, target: Path) -> Path:
+def write_folder(
+    tensors: Iterable[tuple[str, Tensor]], config: dict[str, Any], companions: Path, target: Path, remedy: str = ANOTHER_TARGET
+) -> Path:  # fmt: skip
     """Writes named tensors as they come, at most a shard of them in memory, with a config.json and what lies beside the weights in
-    the folder `companions`. `target` is replaced when all of it is there; `RunError` if the disk is full."""
-    with writing(target.parent), replaced_when_complete(target) as folder:
+    the folder `companions`. `target` is replaced when all of it is there; `RunError` with
+    the remedy if the disk is full."""
+    with writing(target.parent, remedy), replaced_when_complete(target) as folder:
         _write_shards(tensors, folder)
         write_atomically(folder / "config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
         _copy_companions(companions, folder, code="auto_map" in config)

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from cloq.errors import ExportError
-from cloq.export.folder import refuse_other_content, replaced_when_complete
+from cloq.export.folder import ANOTHER_TARGET, refuse_other_content, replaced_when_complete
 from cloq.models import Decoder, set_weight
 from cloq.streaming.store import Store, write_atomically, write_tensors, writing
 from cloq.types import LoraFactors
@@ -69,7 +69,7 @@ def write_one_rank(adapter: AdapterFolder, target: Path, own: bool = False) -> P
         tensors[f"{_PREFIX}{name}{_B}"] = nn.functional.pad(found.B * adapter.scale(name), (0, missing))
     plain = {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
     config = {**adapter.config, **plain}
-    with writing(target.parent), replaced_when_complete(target) as folder:
+    with writing(target.parent, ANOTHER_TARGET), replaced_when_complete(target) as folder:
         write_atomically(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
         write_tensors(folder / WEIGHTS, tensors, {"format": "pt", _SCALE: repr(1.0)})
     return target

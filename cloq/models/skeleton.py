@@ -20,7 +20,7 @@ def load_config(folder: str | Path, trust_remote_code: bool = False):
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # configurations check themselves, and raise types of their own
         raise ModelError(
-            f"{folder}/config.json does not describe a model that transformers knows ({_reason(error, trust_remote_code)})"
+            f"{folder}/config.json does not describe a model that transformers knows ({reason(error, trust_remote_code)})"
         ) from error
 
 
@@ -39,7 +39,7 @@ def load_tokenizer(folder: str | Path, trust_remote_code: bool = False):
         tokenizer("a").input_ids  # noqa: B018 - some settings are looked at only now
         return tokenizer
     except Exception as error:  # tokenizer back ends raise types of their own
-        raise ModelError(f"{folder} has no usable tokenizer ({_reason(error, trust_remote_code)})") from error
+        raise ModelError(f"{folder} has no usable tokenizer ({reason(error, trust_remote_code)})") from error
 
 
 def build_skeleton(config, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
@@ -60,8 +60,8 @@ def build_skeleton(config, dtype: torch.dtype, trust_remote_code: bool = False) 
         with init_empty_weights(include_buffers=False), no_init_weights():
             model = AutoModelForCausalLM.from_config(bare, dtype=dtype, trust_remote_code=trust_remote_code)
     except Exception as error:  # a configuration's and a model's constructors meet whatever its configuration says
-        reason = _reason(error, trust_remote_code)
-        raise ModelError(f"{config.model_type} is not a causal language model that transformers can build ({reason})") from error
+        why = reason(error, trust_remote_code)
+        raise ModelError(f"{config.model_type} is not a causal language model that transformers can build ({why})") from error
     return unfuse(model).eval()
 
 
@@ -90,7 +90,8 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return best, blocks
 
 
-def _reason(error: Exception, trust_remote_code: bool) -> str:
+def reason(error: Exception, trust_remote_code: bool) -> str:
+    """Why transformers did not give what was asked for, in a line."""
     text = str(error)
     if not trust_remote_code and "trust_remote_code" in text:
         return "it brings its own Python code; read that code, and if you trust it, pass --trust-remote-code"

@@ -9,15 +9,16 @@ from pathlib import Path
 from cloq.errors import RunError
 from cloq.report.record import Report
 from cloq.report.tables import layers_csv
-from cloq.streaming.store import write_atomically, writing
+from cloq.streaming.store import resumed, write_atomically, writing
 from cloq.tasks.spec import TaskScore
 from cloq.use.evaluate import Quality
 
 REPORT_FILE = "report.json"
+_MAKE_ROOM = "make room there, or let this user write to it, and run the same command again"
 
 
-def write_report(out: str | Path, report: Report) -> None:
-    """Writes the four files into `out`, equal bytes for equal reports. Raises `RunError` if it cannot."""
+def write_report(out: str | Path, report: Report, remedy: str = resumed("--out")) -> None:
+    """Writes the four files into `out`, equal bytes for equal reports. Raises `RunError` with the remedy if it cannot."""
     from cloq.report.card import model_card
     from cloq.report.page import page
 
@@ -28,7 +29,7 @@ def write_report(out: str | Path, report: Report) -> None:
         "README.md": model_card(report),
         REPORT_FILE: json.dumps(report.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
     }
-    with writing(out):
+    with writing(out, remedy):
         out.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
             write_atomically(out / name, content.encode())
@@ -53,7 +54,7 @@ def add_quality(out: str | Path, found: Sequence[Quality]) -> Report:
     new = {(q.model, q.text, q.protocol) for q in found}
     kept = [q for q in report.quality if (q.model, q.text, q.protocol) not in new]
     report = report.replace(quality=(*kept, *found))
-    write_report(out, report)
+    write_report(out, report, _MAKE_ROOM)
     return report
 
 
@@ -63,7 +64,7 @@ def add_tasks(out: str | Path, found: Sequence[TaskScore]) -> Report:
     new = {(s.model, s.task, s.metric, s.protocol) for s in found}
     kept = [s for s in report.tasks if (s.model, s.task, s.metric, s.protocol) not in new]
     report = report.replace(tasks=(*kept, *found))
-    write_report(out, report)
+    write_report(out, report, _MAKE_ROOM)
     return report
 
 

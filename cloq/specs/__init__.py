@@ -3,7 +3,7 @@
 Nothing here imports torch, so the command line can validate before it loads anything heavy. Unknown keys are refused by name.
 """
 
-from cloq.specs.checked import Spec, one_of, require, shown, union_members
+from cloq.specs.checked import Spec, one_of, require, require_seed, shown, union_members
 from cloq.specs.flat import EFFORTS, FLAT, run_spec
 from cloq.specs.run import (
     ACTIVATIONS,
@@ -53,6 +53,7 @@ __all__ = [
     "mixes",
     "one_of",
     "require",
+    "require_seed",
     "ruled",
     "run_spec",
     "shown",

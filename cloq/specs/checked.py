@@ -33,6 +33,15 @@ _SHORT = _Short()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 120, 120
 
 
+SEEDS = 2**32
+"""How many seeds there are: as many as every library takes."""
+
+
+def require_seed(name: str, seed: int) -> None:
+    """Raises `SpecError` for a seed that a random generator would refuse."""
+    require(0 <= seed < SEEDS, f"{name} is {shown(seed)}; allowed: 0 to {SEEDS - 1}")
+
+
 def one_of(name: str, value: Any, allowed: tuple) -> None:
     """Raises `SpecError` for a value that is not among the allowed ones."""
     require(value in allowed, f"{name} is {shown(value)}; allowed: {', '.join('channel' if a is None else str(a) for a in allowed)}")

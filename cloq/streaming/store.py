@@ -386,13 +386,15 @@ def _flush_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def resumed(option: str, kept: str = "finished blocks") -> str:
+    """The remedy where a run that can be continued could not write. option: what names its folder."""
+    return f"make room or choose another {option}, and run the same command again: {kept} are kept"
+
+
 @contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
+def writing(folder: Path, remedy: str = resumed("--out")) -> Iterator[None]:
     """Turns the system's errors while writing into `RunError` with a remedy."""
     try:
         yield
     except OSError as error:
-        raise RunError(
-            f"cannot write to {folder}: {error.strerror or error}. Nothing is half-written; make room or choose another --out, "
-            "and run the same command again: finished blocks are kept"
-        ) from error
+        raise RunError(f"cannot write to {folder}: {error.strerror or error}. Nothing is half-written; {remedy}") from error

@@ -8,8 +8,9 @@ from pathlib import Path
 from statistics import fmean
 
 from cloq.errors import TaskError
+from cloq.specs import require_seed
 from cloq.tasks.rows import TaskRows, read_task
-from cloq.tasks.spec import Options, RowResult, TaskScore
+from cloq.tasks.spec import Options, Question, RowResult, TaskScore
 from cloq.tasks.table import TASKS, nearest, own_task
 
 Progress = Callable[[str, int, int], None]
@@ -22,7 +23,7 @@ class TaskSettings:
 
     names: tasks of our table, or of lm-eval. data: files and folders by task; under `""` what serves all. limit: rows of each task, drawn
     by `seed`. shots: examples before each row, `None` for the task's own number. batch_tokens: padded tokens per forward. max_new_tokens:
-    `None` for the task's own number. chat: questions go through the tokenizer's chat template. harness: everything by lm-eval, also what
+    `None` for the task's own number. chat: every row goes through the tokenizer's chat template. harness: everything by lm-eval, also what
     the table has. include: folder with tasks of one's own in lm-eval's YAML.
     """
 
@@ -46,6 +47,7 @@ class TaskSettings:
         _require(
             self.max_new_tokens is None or self.max_new_tokens >= 1, f"--max-new-tokens is {self.max_new_tokens}; it must be at least 1"
         )
+        require_seed("--seed", self.seed)
         _require(not (self.chat and self.shots), "--chat asks without examples; leave --shots out")
         unknown = sorted(set(self.data) - set(self.names) - {own.name for name in self.names if (own := own_task(name))} - {""})
         _require(not unknown, f"--task-data names {', '.join(unknown)}, which is not among the tasks {', '.join(self.names)}")
@@ -86,10 +88,8 @@ def prepare(settings: TaskSettings) -> PreparedTasks:
 
 
 def _protocol(rows: TaskRows, settings: TaskSettings) -> str:
-    """With whatever the user changed about how answers are generated."""
-    if not rows.task.generative:
-        return rows.protocol
-    most = f", at most {settings.max_new_tokens} new tokens" if settings.max_new_tokens else ""
+    """With whatever the user changed about how the rows are asked."""
+    most = f", at most {settings.max_new_tokens} new tokens" if settings.max_new_tokens and rows.task.generative else ""
     return rows.protocol + (", chat template" if settings.chat else "") + most
 
 
@@ -130,33 +130,34 @@ def _answer_own(model, rows: TaskRows, settings: TaskSettings, count) -> list[Ro
     from cloq.tasks.likelihood import answer_options
 
     if rows.task.generative:
-        return answer_questions(model, rows, settings.batch_tokens, settings.max_new_tokens, settings.chat, count)
-    return answer_options(model, rows, settings.batch_tokens, count)
+        found = answer_questions(model, rows, settings.batch_tokens, settings.max_new_tokens, settings.chat, count)
+    else:
+        found = answer_options(model, rows, settings.batch_tokens, settings.chat, count)
+    return [replace(one, total=rows.total, chance=_chance(asked.item)) for one, asked in zip(found, rows.rows, strict=True)]
 
 
 def _own_scores(rows: TaskRows, found: Sequence[RowResult], label: str, weights: str, settings: TaskSettings) -> list[TaskScore]:
-    chance, truncated = _chance(rows), sum(row.truncated for row in found)
-
-    def score(metric: str) -> TaskScore:
-        return _score(rows.task.name, metric, found, label, rows.total, rows.protocol, weights, settings.seed, truncated, chance)
-
-    return [score(metric) for metric in rows.task.metrics]
+    return [score_of(rows.task.name, metric, found, label, weights, settings.seed) for metric in rows.task.metrics]
 
 
-def _score(
-    task: str, metric: str, found: Sequence[RowResult], label: str, total: int, protocol: str, weights: str, seed: int, truncated: int = 0,
-    chance: float | None = None,
-) -> TaskScore:  # fmt: skip
+def score_of(task: str, metric: str, found: Sequence[RowResult], label: str, weights: str, seed: int = 0) -> TaskScore:
+    """The score of rows that were asked by one protocol, as their results have it, whether they are new or were stored. label: the
+    model's. Raises `ValueError` without rows."""
     from cloq.tasks.score import estimate
 
     one = estimate(metric, [row.metrics[metric] for row in found], seed)
-    return TaskScore(label, task, metric, one.value, one.stderr, one.low, one.high, one.rows, total, protocol, weights, truncated, chance)
+    total = next((row.total for row in found if row.total is not None), len(found))
+    chances = [row.chance for row in found if row.chance is not None]
+    chance = fmean(chances) if len(chances) == len(found) else None
+    return TaskScore(
+        label, task, metric, one.value, one.stderr, one.low, one.high, one.rows, total, found[0].protocol, weights,
+        sum(row.truncated for row in found), chance,
+    )  # fmt: skip
 
 
-def _chance(rows: TaskRows) -> float | None:
+def _chance(item: Options | Question) -> float | None:
     """What guessing among a row's options gives; `None` where there is nothing to choose from."""
-    counts = [len(row.item.pairs) for row in rows.rows if isinstance(row.item, Options)]
-    return fmean(1 / count for count in counts) if counts and min(counts) > 1 else None
+    return 1 / len(item.pairs) if isinstance(item, Options) and len(item.pairs) > 1 else None
 
 
 def _answer_harness(model, prepared: PreparedTasks, label: str) -> tuple[list[RowResult], list[TaskScore]]:
@@ -164,12 +165,13 @@ def _answer_harness(model, prepared: PreparedTasks, label: str) -> tuple[list[Ro
 
     settings, wanted = prepared.settings, prepared.harness
     rows, aggregates = run_tasks(model, wanted, max(1, settings.batch_tokens // 512))
+    rows = [replace(row, total=wanted.totals[row.task]) for row in rows]
     scores = []
     for task in wanted.tasks:
         own = [row for row in rows if row.task == task]
         total, protocol = wanted.totals[task], wanted.protocol(task)
         for metric in own[0].metrics if own else ():
-            scores.append(_score(task, metric, own, label, total, protocol, model.weights, settings.seed))
+            scores.append(score_of(task, metric, own, label, model.weights, settings.seed))
         for one in (one for one in aggregates if one.task == task):
             nan = float("nan")
             scores.append(TaskScore(label, task, one.metric, one.value, one.stderr, nan, nan, len(own), total, protocol, model.weights))

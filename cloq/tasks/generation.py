@@ -33,12 +33,15 @@ def encode_prompt(model: TaskModel, text: str, max_new_tokens: int, special: boo
     """special: the tokenizer adds its begin-of-text token (a chat template has written its own). What leaves no room for the answer loses
     its beginning; `TaskError` if there is room for no prompt at all."""
     ids = model.tokenizer(text, add_special_tokens=special, verbose=False).input_ids or [model.start]
-    if model.max_positions is None:
-        return Prompt(tuple(ids))
-    room = model.max_positions - max_new_tokens
-    if room < 1:
-        raise TaskError(f"{max_new_tokens} new tokens do not fit a context of {model.max_positions}; lower --max-new-tokens")
-    return Prompt(tuple(ids[-room:]), len(ids) > room)
+    room = room_beside(max_new_tokens, model.max_positions)
+    return Prompt(tuple(ids)) if room is None else Prompt(tuple(ids[-room:]), len(ids) > room)
+
+
+def room_beside(max_new_tokens: int, limit: int | None) -> int | None:
+    """Tokens that a context of `limit` leaves for a prompt; `None` without a limit. Raises `TaskError` if that is none."""
+    if limit is not None and limit <= max_new_tokens:
+        raise TaskError(f"{max_new_tokens} new tokens do not fit a context of {limit}; lower --max-new-tokens")
+    return None if limit is None else limit - max_new_tokens
 
 
 def generate_texts(
@@ -135,4 +138,7 @@ def chat_prompt(model: TaskModel, instruction: str) -> str:
     """The instruction as a user's turn, up to where the assistant's begins."""
     if not model.tokenizer.chat_template:
         raise TaskError("the model's tokenizer has no chat template; leave --chat out")
-    return model.tokenizer.apply_chat_template([{"role": "user", "content": instruction}], tokenize=False, add_generation_prompt=True)
+    try:
+        return model.tokenizer.apply_chat_template([{"role": "user", "content": instruction}], tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program: it raises what its author chose
+        raise TaskError(f"the tokenizer's chat template refuses a row ({str(error).splitlines()[0][:200]}); leave --chat out") from error

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cloq.errors import TaskError
+from cloq.tasks.generation import chat_prompt
 from cloq.tasks.model import TaskModel, new_cache
 from cloq.tasks.rows import Asked, TaskRows
 from cloq.tasks.spec import Options, RowResult
@@ -43,14 +44,15 @@ class Likelihood:
     greedy: bool
 
 
-def encode(model: TaskModel, context: str, continuation: str) -> Encoded:
+def encode(model: TaskModel, context: str, continuation: str, special: bool = True) -> Encoded:
     """Both texts as one sequence. Spaces at the end of the context belong to the continuation, as tokenizers have it. What does not fit the
-    model's context loses its beginning; `TaskError` if the continuation alone does not fit, or has no token of its own."""
+    model's context loses its beginning; `TaskError` if the continuation alone does not fit, or has no token of its own. special: the
+    tokenizer adds its begin-of-text token (a chat template has written its own)."""
     kept = context.rstrip()
     continuation, context = context[len(kept) :] + continuation, kept
     if context:
-        ids = model.tokenizer(context + continuation, verbose=False).input_ids
-        before = len(model.tokenizer(context, verbose=False).input_ids)
+        ids = model.tokenizer(context + continuation, add_special_tokens=special, verbose=False).input_ids
+        before = len(model.tokenizer(context, add_special_tokens=special, verbose=False).input_ids)
     else:
         ids = [model.start, *model.tokenizer(continuation, add_special_tokens=False, verbose=False).input_ids]
         before = 1
@@ -162,14 +164,24 @@ def _likelihood(logits: Tensor, sequence: Encoded) -> Likelihood:
 # -- rows --------------------------------------------------------------------------------------------------------------
 
 
-def answer_options(model: TaskModel, rows: TaskRows, batch_tokens: int = 4096, progress: Progress | None = None) -> list[RowResult]:
-    """Every row's result, in order."""
-    encoded = [[encode(model, *pair) for pair in row.item.pairs] for row in rows.rows]
+def answer_options(
+    model: TaskModel, rows: TaskRows, batch_tokens: int = 4096, chat: bool = False, progress: Progress | None = None
+) -> list[RowResult]:  # fmt: skip
+    """Every row's result, in order. chat: contexts go through the tokenizer's chat template."""
+    asked = [in_chat(model, row.item) if chat else row.item for row in rows.rows]
+    encoded = [[encode(model, *pair, special=not chat) for pair in item.pairs] for item in asked]
     answered = likelihoods(model, encoded, batch_tokens, progress)
     return [
         _result(rows, row, found, any(sequence.truncated for sequence in sequences))
         for row, sequences, found in zip(rows.rows, encoded, answered, strict=True)
     ]
+
+
+def in_chat(model: TaskModel, item: Options) -> Options:
+    """As lm-eval asks: each context is a user's turn and each option what the assistant answers, so that no space joins the two."""
+    joint = " " if len(item.pairs) > 1 else ""
+    pairs = tuple((chat_prompt(model, context), rest.removeprefix(joint)) for context, rest in item.pairs)
+    return Options(pairs, item.gold, item.lengths)
 
 
 def _result(rows: TaskRows, row: Asked, found: list[Likelihood], truncated: bool) -> RowResult:

@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from cloq.errors import ModelError, TaskError
-from cloq.models import Decoder, is_conv1d, is_linear, load_config, load_tokenizer, set_weight
+from cloq.models import Decoder, is_conv1d, is_linear, load_config, load_tokenizer, max_positions, set_weight
+from cloq.models.skeleton import reason
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,33 +43,52 @@ class TaskModel:
 
 
 @contextmanager
-def opened(base: Path, adapter: Path | None, device: str, decoded: bool) -> Iterator[TaskModel]:
+def opened(base: Path, adapter: Path | None, device: str, decoded: bool, trust_remote_code: bool = False) -> Iterator[TaskModel]:
     """The model in `base` with the adapter on it. decoded: see above; a base that is not quantized is loaded plainly either way.
 
     A model on the CPU computes in float32. Raises a `CloqError` for what cannot be loaded or cannot be decoded with this adapter.
     """
+    quantized, trust = _method(base), trust_remote_code
+    if decoded and quantized:
+        with decoded_model(base, adapter, device, trust) as model:
+            yield task_model(model, base, f"{quantized} decoded to float32", trust)
+    elif adapter is None and not quantized:
+        model, dtype = _plain(base, device, trust)
+        yield task_model(model, base, dtype, trust)
+    elif decoded:
+        model, dtype = _plain(base, device, trust)
+        _add_adapter(model, adapter)
+        yield task_model(model, base, f"{dtype}, adapter added", trust)
+    else:
+        model = _packed(base, adapter, device, trust)
+        yield task_model(model, base, f"packed {quantized}" if quantized else f"{_name(model.dtype)}, adapter by PEFT", trust)
+
+
+def look_at(base: Path, adapter: Path | None, decoded: bool, chat: bool, trust_remote_code: bool = False) -> None:
+    """Raises, from the files alone, what `opened` would after a while: tensors and libraries that are missing, an adapter that cannot be
+    decoded. chat: the tokenizer needs a chat template. Whether the adapter fits the base is not looked at."""
+    from cloq.export.peft import AdapterFolder
+    from cloq.export.read import QuantizedFolder
+
     quantized = _method(base)
     if decoded and quantized:
-        with decoded_model(base, adapter, device) as model:
-            yield task_model(model, base, f"{quantized} decoded to float32")
-    elif adapter is None and not quantized:
-        model, dtype = _plain(base, device)
-        yield task_model(model, base, dtype)
-    elif decoded:
-        model, dtype = _plain(base, device)
-        _add_adapter(model, adapter)
-        yield task_model(model, base, f"{dtype}, adapter added")
-    else:
-        model = _packed(base, adapter, device)
-        yield task_model(model, base, f"packed {quantized}" if quantized else f"{_name(model.dtype)}, adapter by PEFT")
+        QuantizedFolder(base).decoder(trust_remote_code=trust_remote_code)
+    elif quantized:
+        _refuse_unloadable(base, trust_remote_code)
+    if decoded and adapter is not None:
+        AdapterFolder(adapter).refuse_more_than_lora()
+    if chat and not load_tokenizer(base, trust_remote_code).chat_template:
+        raise TaskError(f"the tokenizer in {base} has no chat template (a base model rarely has one); leave --chat out")
 
 
 @contextmanager
-def decoded_model(base: Path, adapter: Path | None = None, device: str = "cpu") -> Iterator[nn.Module]:
+def decoded_model(
+    base: Path, adapter: Path | None = None, device: str = "cpu", trust_remote_code: bool = False
+) -> Iterator[nn.Module]:  # fmt: skip
     """The dense float32 model that a quantized base decodes to, the adapter's product added; it is emptied at the end."""
     from cloq.export.read import QuantizedFolder
 
-    decoder: Decoder = QuantizedFolder(base).decoder(device)
+    decoder: Decoder = QuantizedFolder(base).decoder(device, trust_remote_code=trust_remote_code)
     with decoder.outer():
         for index in range(len(decoder.blocks)):
             decoder.load_block(index)
@@ -81,28 +101,34 @@ def decoded_model(base: Path, adapter: Path | None = None, device: str = "cpu") 
 
 def _add_adapter(model: nn.Module, folder: Path) -> None:
     from cloq.export.peft import AdapterFolder
+    from cloq.use.pairing import fit
 
     adapter = AdapterFolder(folder)
     linears = {name: module for name, module in model.named_modules() if is_linear(module)}
-    strangers = sorted(adapter.names - linears.keys())
-    if strangers:
-        raise ModelError(f"{folder} has factors for {strangers[0]}, which is no linear layer of this model; give the adapter of this base")
+    found = fit(adapter, model)
+    if found.strangers:
+        raise ModelError(
+            f"{folder} has factors for {found.strangers[0]}, which is no linear layer of this model; give the adapter of this base"
+        )
+    if found.misshapen:
+        raise ModelError(f"{folder} has factors of other shapes than this model ({found.misshapen[0]}); give the adapter of this base")
     for name in sorted(adapter.names):
         weight = linears[name].weight.detach().float()
         weight = weight.T if is_conv1d(linears[name]) else weight
         set_weight(linears[name], weight + adapter.delta(name).to(weight.device))
 
 
-def _plain(folder: Path, device: str) -> tuple[nn.Module, str]:
+def _plain(folder: Path, device: str, trust_remote_code: bool) -> tuple[nn.Module, str]:
     """Through transformers, in float32 on a CPU, else in the precision in which it is stored; and that precision's name."""
     from transformers import AutoModelForCausalLM
 
     dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = (str(error).splitlines() or ["no reason given"])[0][:200]
-        raise ModelError(f"{folder} cannot be loaded by transformers ({reason})") from error
+        raise ModelError(f"{folder} cannot be loaded by transformers ({reason(error, trust_remote_code)})") from error
     lacking = sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"])
     if lacking:  # transformers would go on with random numbers
         raise ModelError(f"{folder} lacks the tensor {lacking[0]}, or has it in another shape; fetch the model again")
@@ -113,19 +139,27 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _packed(base: Path, adapter: Path | None, device: str) -> nn.Module:
+def _packed(base: Path, adapter: Path | None, device: str, trust_remote_code: bool) -> nn.Module:
     """The real libraries. On a CPU without a C++ compiler GPTQ's kernels need `TORCHDYNAMO_DISABLE=1`."""
-    from cloq.use.check import check_base
-    from cloq.use.loading import load, load_base, require_libraries
+    from cloq.use.loading import load, load_base
 
-    dtype = {"dtype": torch.float32} if torch.device(device).type == "cpu" else {}
+    settings: dict[str, Any] = {"dtype": torch.float32} if torch.device(device).type == "cpu" else {}
+    settings |= {"trust_remote_code": True} if trust_remote_code else {}
     if adapter is not None:
-        return load(base, base=base, adapter=adapter, **dtype).to(device)
+        return load(base, base=base, adapter=adapter, **settings).to(device)
+    _refuse_unloadable(base, trust_remote_code)
+    return load_base(base, **settings).to(device)
+
+
+def _refuse_unloadable(base: Path, trust_remote_code: bool) -> None:
+    """Raises `MissingLibrary`, or `ModelError` for a damaged base: a missing tensor would abort the process."""
+    from cloq.use.check import check_base
+    from cloq.use.loading import require_libraries
+
     require_libraries(base)
-    failed = [finding.what for finding in check_base(base) if not finding.ok]
-    if failed:  # a missing tensor would abort the process
+    failed = [finding.what for finding in check_base(base, trust_remote_code) if not finding.ok]
+    if failed:
         raise ModelError(f"{base} cannot be loaded as it is: {failed[0]} (cloq check says more)")
-    return load_base(base, **dtype).to(device)
 
 
 def _method(base: Path) -> str | None:
@@ -139,14 +173,13 @@ def _method(base: Path) -> str | None:
     return f"{quantization.get('quant_method', 'bitsandbytes')}{bits}"
 
 
-def task_model(model: nn.Module, folder: Path, weights: str) -> TaskModel:
-    tokenizer = load_tokenizer(folder)
+def task_model(model: nn.Module, folder: Path, weights: str, trust_remote_code: bool = False) -> TaskModel:
+    tokenizer = load_tokenizer(folder, trust_remote_code)
     end = _ends(folder, tokenizer)
     start = next((token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None), None)
     if start is None:
         raise TaskError(f"the tokenizer in {folder} has neither a begin-of-text nor an end-of-text token, and tasks need one of them")
-    text = load_config(folder).get_text_config()
-    limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    limit = max_positions(load_config(folder, trust_remote_code))
     known = inspect.signature(_inner(model).forward).parameters
     shares = "past_key_values" in known and all(map(_repeats, new_cache(model).layers))
     return TaskModel(model.eval(), tokenizer, end, start, limit, weights, "logits_to_keep" in known, shares)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,9 +29,26 @@ def write_records(path: Path, rows: Mapping[str, Sequence[RowResult]]) -> None:
     kept = {label: [row for row in own if (label, row.task) not in new] for label, own in earlier.items()}
     merged = {label: [*kept.get(label, ()), *rows.get(label, ())] for label in (*earlier, *(l for l in rows if l not in earlier))}
     lines = [json.dumps({"model": label, **asdict(row)}, default=str) for label, own in merged.items() for row in own]
-    with writing(path.parent):
+    with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, ("\n".join(lines) + "\n").encode())
+
+
+def refuse_unusable(path: Path) -> None:
+    """Raises, before anything is evaluated, what `write_records` would: `RunError` for a folder that cannot be written, `TaskError` for a
+    file with other content."""
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if path.exists():
+        read_records(path)
+
+
+def _writing(path: Path) -> AbstractContextManager[None]:
+    return writing(path.parent, "make room or name another file with --rows, and run the same command again")
 
 
 def read_records(path: Path) -> dict[str, list[RowResult]]:

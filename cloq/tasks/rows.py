@@ -34,7 +34,7 @@ class Asked:
 @dataclass(frozen=True)
 class TaskRows:
     """The rows that are evaluated. total: rows in the data. source: where they are from. shots: examples before each row, drawn from
-    `pool`. protocol: who asks and how, in words that stand beside every number."""
+    `pool`. protocol: who asks and how, in words that stand beside every number. note: what is odd about the data, if anything."""
 
     task: Task
     rows: tuple[Asked, ...]
@@ -43,6 +43,7 @@ class TaskRows:
     shots: int = 0
     pool: str = ""
     protocol: str = "cloq, 0-shot"
+    note: str = ""
 
 
 def read_task(
@@ -64,7 +65,9 @@ def read_task(
         pool, pool_name = [Asked(i, _key(row), _item(task, row, where)) for i, (where, row) in enumerate(training[0])], training[1]
     asked = tuple(Asked(row.index, row.key, row.item.after(_before(task, row, pool, shots, seed))) for row in chosen)
     protocol = f"cloq, {shots}-shot" + (f" (seed {seed})" if shots else "")
-    return TaskRows(task, asked, len(rows), source, shots, pool_name if shots else "", protocol)
+    training_file = named is not None and named.is_file() and _split(named) == "train"
+    note = f"{task.name}: {source} is a training file by its name; it is evaluated since --task-data names it" if training_file else ""
+    return TaskRows(task, asked, len(rows), source, shots, pool_name if shots else "", protocol, note)
 
 
 def _before(task: Task, row: Asked, pool: Sequence[Asked], shots: int, seed: int) -> str:
@@ -139,7 +142,7 @@ def _pick(task: Task, folder: Path, named: bool) -> Path:
     files = [file for file in _data_files(folder, deep=True) if _split(file) != "train"]
     candidates = files if named and folder.is_dir() else [file for file in files if _slug(_stem(file)) in task.files]
     if not candidates:
-        there = ", ".join(sorted({_stem(file) for file in files})[:12]) or "no .json, .jsonl or .parquet files"
+        there = ", ".join(sorted({_stem(file) for file in files})[:12]) or _no_files(folder)
         raise TaskError(
             f"{task.name}: no data in {folder} (there: {there}). Name a file: --task-data {task.name}=FILE, called like {task.files[0]}"
         )
@@ -154,6 +157,11 @@ def _pick(task: Task, folder: Path, named: bool) -> Path:
     if len(chosen) > 1:
         raise TaskError(f"{task.name}: both {chosen[0]} and {chosen[1]} could be meant; name one: --task-data {task.name}=FILE")
     return chosen[0]
+
+
+def _no_files(folder: Path) -> str:
+    training = [file.name for file in _data_files(folder, deep=True)]
+    return f"training files alone, such as {training[0]}, which are for examples" if training else "no .json, .jsonl or .parquet files"
 
 
 def _data_files(folder: Path, deep: bool) -> list[Path]:
@@ -173,7 +181,7 @@ def _rank(task: Task, file: Path) -> int:
 
 def _bare(file: Path) -> str:
     name = file.name.lower()
-    return _slug(name[: -len(next(s for s in SUFFIXES if name.endswith(s)))])
+    return _slug(name.removesuffix(next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")))
 
 
 def _split(file: Path) -> str | None:

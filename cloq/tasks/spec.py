@@ -92,7 +92,8 @@ class Task:
 class RowResult:
     """One row's outcome. row: its number in the data, from 0. key: of its content. protocol: who asked, with how many examples; rows of two
     evaluations are the same if all of these are. truncated: the prompt did not fit the context and lost its beginning. detail:
-    log-likelihoods, or the generated text."""
+    log-likelihoods, or the generated text. total: rows in the task's data, and chance: what guessing gives on this one, where they are
+    known."""
 
     task: str
     row: int
@@ -101,6 +102,8 @@ class RowResult:
     metrics: dict[str, float]
     truncated: bool = False
     detail: dict[str, Any] = field(default_factory=dict)
+    total: int | None = None
+    chance: float | None = None
 
 
 @dataclass(frozen=True)

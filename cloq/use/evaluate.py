@@ -68,7 +68,7 @@ def evaluation_tokens(text: str, tokenizer, seq_len: int, max_samples: int | Non
         raise CalibrationError(
             f"the evaluation text has {len(ids)} tokens, fewer than one sequence of {seq_len}; give more text or lower --seq-len"
         )
-    count = min(count, max_samples or count)
+    count = count if max_samples is None else min(count, max_samples)
     return torch.tensor(ids[: count * seq_len], dtype=torch.int64).reshape(count, seq_len)
 
 

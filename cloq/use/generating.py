@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cloq.errors import ModelError, SpecError
+from cloq.specs import require_seed
 from cloq.use.loading import default_dtype, load
 
 Messages = list[dict[str, str]]
@@ -37,6 +38,7 @@ class Sampling:
             raise SpecError(f"top_p is {self.top_p}; it is a share of probability, above 0 and at most 1")
         if self.top_p < 1 and self.temperature == 0:
             raise SpecError(f"top_p is {self.top_p}, but at temperature 0 nothing is drawn; set a temperature, such as 0.7")
+        require_seed("seed", self.seed)
 
     def arguments(self) -> dict[str, Any]:
         """For transformers' `generate`."""

@@ -33,20 +33,23 @@ def load(out: str | Path, trainable: bool = False, *, base: str | Path | None = 
     experts are layers of their own (see `cloq.use.experts_apart`), because plain transformers cannot load packed ones; and where
     trainable, packed layers keep no decoded weight for the backward pass (see `cloq.use.frozen`).
 
-    Raises `ExportError` if a folder is missing or damaged, `MissingLibrary` with the pip command if the format needs one that is
-    not there.
+    Raises `ExportError` if a folder is missing or damaged, if the adapter has other layers or shapes than the base, or says that it
+    belongs to another one (which you decide where you name a `base`); `MissingLibrary` with the pip command if the format needs one that
+    is not there.
     """
     from cloq.export.peft import AdapterFolder
     from cloq.export.read import read_config
     from cloq.use.frozen import decode_again
-    from cloq.use.pairing import base_folder
+    from cloq.use.pairing import base_folder, refuse_unfit
 
+    trust, of_run = bool(kwargs.get("trust_remote_code")), None if base else Path(out)
     adapter = AdapterFolder(adapter or Path(out) / "adapter")
     base = Path(base) if base else base_folder(Path(out), adapter)
     config = read_config(base)
     quantization = config.get("quantization_config") or {}
     require_libraries(base)
-    _check(base, quantization, bool(kwargs.get("trust_remote_code", False)))
+    _check(base, quantization, trust)
+    refuse_unfit(adapter, base, of_run, trust)
     if "dtype" not in kwargs and "torch_dtype" not in kwargs:
         kwargs["dtype"] = default_dtype(config)
 

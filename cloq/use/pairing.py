@@ -17,7 +17,10 @@ from torch import Tensor, nn
 from cloq.errors import CloqError, ExportError
 from cloq.export.peft import AdapterFolder
 from cloq.export.read import QuantizedFolder
-from cloq.models import Decoder, is_linear, linear_shape, locate
+from cloq.models import Decoder, is_linear, linear_shape, load_config, locate
+from cloq.models.experts import experts_of
+from cloq.models.skeleton import build_skeleton
+from cloq.use.experts_apart import names_experts
 
 
 class Layer(NamedTuple):
@@ -109,7 +112,29 @@ def _misfit(adapter: AdapterFolder, name: str, shape: tuple[int, int]) -> str:
 # -- what does not fit -------------------------------------------------------------------------------------------------
 
 
-def refuse_another_base(adapter: AdapterFolder, base: Path, out: Path) -> None:
+NAME_THE_BASE = "name the base that it was trained on with --base"
+
+
+def refuse_unfit(
+    adapter: AdapterFolder, base: Path, out: Path | None, trust_remote_code: bool = False, advice: str = NAME_THE_BASE
+) -> None:  # fmt: skip
+    """Whether PEFT may put the adapter on the base, found out from their files alone. Raises `ExportError` if not.
+
+    out: the run whose base it is; `None` where the user named the base, and so decided whose the adapter is. advice: what to do about an
+    adapter of another base. Of adapters of other kinds than LoRA on whole modules, names and shapes are left to PEFT.
+    """
+    if out is not None:
+        refuse_another_base(adapter, base, out, advice)
+    if adapter.config.get("peft_type", "LORA") == "LORA" and not any(adapter.config.get(key) for key in _SHAPED_OTHERWISE):
+        model = build_skeleton(load_config(base, trust_remote_code), torch.float32, trust_remote_code)
+        _refuse_misfit(adapter, base, model, names_experts([*adapter.names, *QuantizedFolder(base).names]))
+
+
+_SHAPED_OTHERWISE = ("target_parameters", "layer_replication", "use_qalora", "use_bdlora")
+"""Settings with which factors have other places or shapes than those of `A (rank, in)` and `B (out, rank)` on a layer."""
+
+
+def refuse_another_base(adapter: AdapterFolder, base: Path, out: Path, advice: str = NAME_THE_BASE) -> None:
     """An adapter that names a base which is neither this one, nor a copy of it, nor another export of the run is not for this one. A
     run that has moved since names a folder that is gone; a hub id is another model."""
     stated = adapter.config.get("base_model_name_or_path")
@@ -121,10 +146,7 @@ def refuse_another_base(adapter: AdapterFolder, base: Path, out: Path) -> None:
     else:
         ours = named.is_absolute() or named.name == base.name
     if not ours:
-        raise ExportError(
-            f"the adapter in {adapter.folder} says that it belongs to {stated}, not to {base}; name the base that it was trained on "
-            "with --base"
-        )
+        raise ExportError(f"the adapter in {adapter.folder} says that it belongs to {stated}, not to {base}; {advice}")
 
 
 def _same_content(one: Path, other: Path) -> bool:
@@ -135,15 +157,17 @@ def _same_content(one: Path, other: Path) -> bool:
         return False
 
 
-def _fitting(adapter: AdapterFolder, decoder: Decoder) -> dict[str, nn.Module]:
-    """The layers that PEFT puts the factors on, in the model's order. Raises `ExportError` where file, settings and model differ."""
-    found = fit(adapter, decoder.model)
-    where = f"the adapter in {adapter.folder} and the base in {decoder.folder} do not belong together"
+def _refuse_misfit(adapter: AdapterFolder, base: Path, model: nn.Module, experts_apart: bool = True) -> Fit:
+    """How the adapter lies on the model. Raises `ExportError` where file, settings and model differ. experts_apart: experts are layers of
+    their own in the model that PEFT is given, as they are in this one."""
+    found = fit(adapter, model)
+    fused = set() if experts_apart else {f"{path}.{name}" for path, experts in experts_of(model).items() for name in experts.slots}
+    where = _apart(adapter, base)
     for name in found.strangers:
-        raise ExportError(f"{where}: it has factors for {name}, which is no linear layer of {type(decoder.model).__name__}")
-    for name in sorted(found.modules.keys() - adapter.names):
+        raise ExportError(f"{where}: it has factors for {name}, which is no linear layer of {type(model).__name__}")
+    for name in sorted(found.modules.keys() - adapter.names - fused):
         raise ExportError(f"{where}: its settings put factors on {name}, but it has none for that layer")
-    for key in found.missing:
+    for key in sorted(set(found.missing) - adapter.expected_keys(fused)):
         raise ExportError(f"{adapter.folder} lacks {key}: save it again")
     for name in sorted(adapter.names - found.modules.keys()):
         raise ExportError(
@@ -151,11 +175,22 @@ def _fitting(adapter: AdapterFolder, decoder: Decoder) -> dict[str, nn.Module]:
         )
     for what in found.misshapen:
         raise ExportError(f"{where}: {what}")
+    return found
+
+
+def _apart(adapter: AdapterFolder, base: Path) -> str:
+    return f"the adapter in {adapter.folder} and the base in {base} do not belong together"
+
+
+def _fitting(adapter: AdapterFolder, decoder: Decoder) -> dict[str, nn.Module]:
+    """The layers that PEFT puts the factors on, in the model's order. Raises `ExportError` where file, settings and model differ, and for
+    what a merge cannot do."""
+    found = _refuse_misfit(adapter, decoder.folder, decoder.model)
     for name in found.modules:
         _refuse_tied(decoder, name)
         own = adapter.base_weight(name)
         if own is not None and not torch.equal(own.float(), decoder.read(f"{name}.weight").float()):
-            raise ExportError(f"{where}: it brings a weight of {name} with it, and the base has another")
+            raise ExportError(f"{_apart(adapter, decoder.folder)}: it brings a weight of {name} with it, and the base has another")
     return found.modules
 
 

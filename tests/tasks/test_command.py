@@ -9,7 +9,7 @@ import torch
 
 from cloq.cli import main
 from cloq.report import read_report
-from tests.finished import needs
+from tests.finished import edit_json, edit_tensors, needs
 from tests.tasks.data import ROWS, wide_model, write_all
 
 TINY = ["--bits", "2", "--group-size", "32", "--rank", "4", "--calib-samples", "4", "--seq-len", "32", "--device", "cpu", "--quiet"]
@@ -163,6 +163,13 @@ def test_lm_eval_runs_on_the_same_models(place, evaluate, tmp_path):
         (["other"], "2 models are named; to set them beside each other: cloq eval --compare"),
         (["--compare"], "--compare needs two models or more"),
         (["--compare", "--adapter", "x"], "--adapter and --compare do not go together"),
+        (["--seq-len", "0"], "--seq-len is 0; it must be at least 2"),
+        (["--seq-len", "1"], "--seq-len is 1; it must be at least 2"),
+        (["--seq-len", "-5"], "--seq-len is -5; it must be at least 2"),
+        (["--samples", "-3"], "--samples is -3; it must be at least 1, or left out for all"),
+        (["--samples", "0"], "--samples is 0; it must be at least 1"),
+        (["--tasks", "piqa", "--seed", "-1"], "--seed is -1; allowed: 0 to 4294967295"),
+        (["--seed", "99999999999999999999"], "--seed is 99999999999999999999; allowed: 0 to 4294967295"),
     ],
 )
 def test_bad_input_is_one_line_and_loads_no_model(argv, said, place, capsys, monkeypatch):
@@ -172,11 +179,157 @@ def test_bad_input_is_one_line_and_loads_no_model(argv, said, place, capsys, mon
     assert said in error and "Traceback" not in error
 
 
+def refused(capsys, *argv) -> str:
+    """The message of a command that ends before any model is run."""
+    capsys.readouterr()
+    assert main(["eval", *map(str, argv), "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    return error
+
+
+@pytest.fixture
+def none_runs(monkeypatch):
+    for name in ("cloq.use.evaluate.perplexity", "cloq.tasks.model.opened"):
+        monkeypatch.setattr(name, lambda *_, **__: pytest.fail("a model was run"))
+
+
+@pytest.fixture
+def foreign(place, tmp_path):
+    """The adapter of another run, of the same shapes."""
+    base = shutil.copytree(place / "run/model", tmp_path / "other/model")
+    adapter = shutil.copytree(place / "run/adapter", tmp_path / "other/foreign")
+    edit_tensors(base / "model.safetensors", lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"] + 1}))
+    edit_json(adapter / "adapter_config.json", lambda config: config.update(base_model_name_or_path=str(base)))
+    return adapter
+
+
+def short_text(place) -> list:
+    return ["--text", place / "text.txt", "--seq-len", 32, "--samples", 4]
+
+
+def test_an_adapter_of_another_base_is_refused(place, foreign, capsys, none_runs):
+    for asked in (short_text(place), tasks(place, "piqa")):
+        said = refused(capsys, place / "run", "--adapter", place / "trained", "--adapter", foreign, *asked)
+        assert f"says that it belongs to {foreign.parent / 'model'}, not to {place / 'run/model'}; to evaluate it on the base" in said
+    edit_json(foreign / "adapter_config.json", lambda config: config.update(r=8, lora_alpha=8))
+    for asked in (short_text(place), tasks(place, "piqa"), [*tasks(place, "piqa"), "--packed"]):
+        assert "do not belong together" in refused(capsys, place / "run/model", "--adapter", foreign, *asked)
+
+
+def test_whose_an_adapter_is_is_for_the_user_to_say_where_the_base_is_named(place, foreign, evaluate):
+    assert evaluate(place / "run/model", "--adapter", foreign, *short_text(place))[0]["model"] == "model + foreign"
+    moved = shutil.copytree(place / "run", foreign.parent / "moved")
+    shutil.copytree(place / "trained", moved / "trained")
+    assert len(evaluate(moved, "--adapter", moved / "trained", *short_text(place))) == 4
+
+
+def test_every_model_is_looked_at_before_the_first_is_run(place, capsys, none_runs, tmp_path):
+    assert "nope holds no readable adapter" in refused(
+        capsys, place / "run", "--adapter", place / "trained", "--adapter", "nope", *short_text(place)
+    )
+    assert "no chat template" in refused(capsys, place / "run", *tasks(place, "svamp"), "--chat")
+    damaged = shutil.copytree(place / "run/model", tmp_path / "damaged")
+    edit_tensors(damaged / "model.safetensors", lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.qweight"))
+    for flag in ("--packed", "--decoded"):
+        assert "up_proj" in refused(capsys, "--compare", place / "run", damaged, *tasks(place, "piqa"), flag)
+    tiny = wide_model(tmp_path / "tiny", max_position_embeddings=48)
+    said = refused(capsys, "--compare", place / "run", tiny, "--text", place / "text.txt", "--seq-len", 64)
+    assert "--seq-len is 64, but tiny takes at most 48 tokens; use --seq-len 48" in said
+    said = refused(capsys, "--compare", place / "run", tiny, *tasks(place, "svamp"))
+    assert "256 new tokens do not fit a context of 48; lower --max-new-tokens" in said
+
+
+def test_without_a_length_it_is_that_of_the_smallest_context(place, evaluate, tmp_path):
+    tiny = wide_model(tmp_path / "tiny", max_position_embeddings=48)
+    found = evaluate("--compare", place / "run", tiny, "--text", place / "text.txt", "--samples", 2)
+    assert {one["protocol"] for one in found["results"]} == {"chunks-48"}
+
+
+def test_adapters_of_one_name_can_be_told_apart(place, evaluate, capsys):
+    twice = ["--adapter", place / "trained", "--adapter", place / "run/../trained"]
+    assert "two models would be called 'base + trained'; name them: NAME=PATH" in refused(capsys, place / "run", *twice)
+    named = ["--adapter", f"x={place / 'trained'}", "--adapter", place / "trained"]
+    models = [one["model"] for one in evaluate(place / "run", *named, "--no-dense", *short_text(place))]
+    assert models == ["base", "base + adapter", "x", "base + trained"]
+    assert evaluate(place / "run/model", named[0], named[1], *short_text(place))[0]["model"] == "x"
+
+
+def test_code_that_comes_with_a_model_is_run_where_it_is_trusted(place, capsys, tmp_path):
+    own = wide_model(tmp_path / "own", num_hidden_layers=1)
+    (own / "mine.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n\n"
+        "class MyLlamaConfig(LlamaConfig):\n    model_type = 'mine'\n\n"
+        "class MyLlamaForCausalLM(LlamaForCausalLM):\n    config_class = MyLlamaConfig\n"
+    )
+    auto = {"AutoConfig": "mine.MyLlamaConfig", "AutoModelForCausalLM": "mine.MyLlamaForCausalLM"}
+    edit_json(own / "config.json", lambda config: config.update(auto_map=auto, model_type="mine"))
+    for asked in (short_text(place), tasks(place, "piqa")):
+        assert "if you trust it, pass --trust-remote-code" in refused(capsys, own, *asked)
+        assert main(["eval", str(own), *map(str, asked), "--device", "cpu", "--trust-remote-code"]) == 0
+
+
+def test_stored_rows_keep_chance_and_how_many_there_were(place, capsys, tmp_path):
+    argv = ["eval", "--compare", place / "model", place / "run", *tasks(place, "arc_easy"), "--limit", 3, "--rows", tmp_path / "rows.jsonl"]
+    assert main([str(a) for a in argv]) == 0
+    now = capsys.readouterr().out
+    assert main(["eval", "--compare", str(tmp_path / "rows.jsonl")]) == 0
+    later = capsys.readouterr().out
+    lines = [line.split() for line in later.splitlines() if "arc_easy" in line]
+    assert lines[0][2:6] == ["3", "of", "8", "25.0"]
+    assert lines == [line.split() for line in now.splitlines() if "arc_easy" in line]
+
+
+def test_a_training_file_that_is_named_is_evaluated_and_said(place, capsys, tmp_path):
+    data = shutil.copy(place / "data/piqa_validation.jsonl", tmp_path / "piqa_train.jsonl")
+    assert main(["eval", str(place / "model"), "--tasks", "piqa", "--task-data", f"piqa={data}"]) == 0
+    assert "note: piqa: piqa_train.jsonl is a training file by its name" in capsys.readouterr().err
+
+
+def test_messages_name_options_of_this_command(place, capsys, none_runs, tmp_path, monkeypatch):
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "odd.jsonl").write_text('{"id": "a", "line": "It was a bright cold day in April."}\n' * 20)
+    assert "empty.jsonl holds no text; give other text to --text" in refused(capsys, place / "run", "--text", tmp_path / "empty.jsonl")
+    said = refused(capsys, place / "run", "--text", tmp_path / "odd.jsonl")
+    assert "Name the column with --text-column; there are: id (text), line (text)" in said
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("no network")))
+    said = refused(capsys, place / "run")
+    assert "Without the hub: --text demo (always there), or a local file such as --text text.txt" in said
+
+
+def test_a_column_of_text_can_be_named(place, evaluate, tmp_path):
+    (tmp_path / "odd.jsonl").write_text('{"id": "a", "line": "It was a bright cold day in April."}\n' * 20)
+    assert evaluate(place / "model", "--text", tmp_path / "odd.jsonl", "--text-column", "line", "--seq-len", 32)[0]["tokens"] > 100
+
+
+def test_where_results_cannot_go_nothing_is_evaluated(place, capsys, none_runs, tmp_path):
+    (tmp_path / "file").write_text("a file\n")
+    said = refused(capsys, place / "run", *short_text(place), "--rows", tmp_path / "file/rows.jsonl")
+    assert "cannot write to" in said and "name another file with --rows" in said and "--out" not in said
+    (tmp_path / "mine.jsonl").write_text('{"text": "mine"}\n')
+    assert "is no row of an evaluation" in refused(capsys, place / "run", *short_text(place), "--rows", tmp_path / "mine.jsonl")
+    broken = shutil.copytree(place / "run", tmp_path / "broken")
+    (broken / "report.json").write_text("{")
+    assert "report.json is damaged" in refused(capsys, broken, *short_text(place))
+
+
+def test_an_interrupted_evaluation_does_not_say_that_it_continues(place, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cloq.use.evaluate.perplexity", interrupted)
+    assert main(["eval", str(place / "run"), *map(str, short_text(place)), "--json"]) == 130
+    assert capsys.readouterr().err == "interrupted; nothing is kept of it, the same command starts over\n"
+
+
 def test_names_that_are_nothing_are_refused(place, capsys, tmp_path):
+    moved = shutil.copytree(place / "trained", tmp_path / "moved")
+    edit_json(moved / "adapter_config.json", lambda config: config.update(base_model_name_or_path=str(tmp_path / "gone")))
     for argv, said in (
         (["no-such-run"], "no-such-run is no folder of a run, an adapter or a model, no stored rows, and no hub id"),
         (["--compare", str(place / "run"), f"a={place / 'model'}", f"a={place / 'trained'}"], "two models would be called 'a'"),
         (["--compare", str(place / "text.jsonl"), str(place / "run")], "text.jsonl"),
+        ([str(moved)], f"names its base as {tmp_path / 'gone'}, which is not there; name its base, or the run, as the model: cloq eval"),
     ):
         assert main(["eval", *argv]) == 2
         assert said in capsys.readouterr().err

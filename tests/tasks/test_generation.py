@@ -78,5 +78,8 @@ def test_a_chat_template_writes_the_prompt_where_there_is_one(model):
     )
     try:
         assert chat_prompt(model, "Do.") == "<user>Do.<a>"
+        model.tokenizer.chat_template = "{{ raise_exception('a system turn comes first') }}"
+        with pytest.raises(TaskError, match=r"template refuses a row \(a system turn comes first\); leave --chat out"):
+            chat_prompt(model, "Do.")
     finally:
         model.tokenizer.chat_template = None

@@ -34,6 +34,17 @@ OWN = {
             {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True, "ignore_case": True, "ignore_punctuation": True}
         ],
     },
+    "winogrande": {
+        "output_type": "multiple_choice", "doc_to_text": "{{0 if answer == '1' else 1}}",
+        "doc_to_choice": "{{[sentence.split('_')[0] + option1, sentence.split('_')[0] + option2]}}",
+        "doc_to_target": "{{sentence.split('_')[1].strip()}}", "metric_list": [{"metric": "acc"}],
+    },
+    "copa": {
+        "output_type": "multiple_choice", "doc_to_target": "label",
+        "doc_to_text": "{{premise.strip()[:-1]}} {{'because' if question == 'cause' else 'therefore'}}",
+        "doc_to_choice": "{{[' ' + choice1[0].lower() + choice1[1:], ' ' + choice2[0].lower() + choice2[1:]]}}",
+        "metric_list": [{"metric": "acc"}],
+    },
     "cb": {
         "output_type": "multiple_choice", "doc_to_text": "{{premise}}\nQuestion: {{hypothesis}}. True, False, or Neither?\nAnswer:",
         "doc_to_target": "label", "doc_to_choice": ["True", "False", "Neither"],
@@ -136,6 +147,29 @@ def test_what_the_user_changes_reaches_lm_eval_and_the_protocol(folder, model):
     assert [row.detail for row in chat.rows] != [row.detail for row in plain.rows]
     with pytest.raises(TaskError, match=r"lm-eval cannot run my_triviaqa on this model \(.*max"):
         answer(model, prepare(TaskSettings(("my_triviaqa",), include=folder, max_new_tokens=5000)), "theirs")
+
+
+@lm_eval
+@pytest.mark.parametrize("template", ["<{{ m.role }}>{{ m.content }}", "{{ bos_token }}[{{ m.role }}] {{ m.content }}\n"])
+def test_a_chat_template_asks_as_lm_eval_does(folder, model, template):
+    """With begin-of-text token or without, and a line break before the answer."""
+    names = ("arc_easy", "winogrande", "copa", "lambada_openai")
+    end = "{% if add_generation_prompt %}<a>\n{% endif %}"
+    model.tokenizer.chat_template = "{% for m in messages %}" + template + "{% endfor %}" + end
+    try:
+        own = answer(model, prepare(TaskSettings(names, {"": folder}, chat=True)), "own")
+        theirs = answer(model, prepare(TaskSettings(tuple(f"my_{name}" for name in names), include=folder, chat=True)), "theirs")
+    finally:
+        model.tokenizer.chat_template = None
+    plain = answer(model, prepare(TaskSettings(names, {"": folder})), "own")
+    assert {score.protocol for score in own.scores} == {"cloq, 0-shot, chat template"}
+    for name in names:
+        rows = [[row for row in one.rows if row.task.removeprefix("my_") == name] for one in (own, theirs, plain)]
+        for own_row, their_row in zip(rows[0], rows[1], strict=True):
+            logs = [float(response[0]) for response in their_row.detail["responses"]]
+            assert own_row.detail["log_likelihoods"] == pytest.approx(logs, rel=1e-5), name
+        assert [row.metrics["acc"] for row in rows[0]] == [row.metrics["acc"] for row in rows[1]]
+        assert rows[0][0].detail != rows[2][0].detail
 
 
 @lm_eval

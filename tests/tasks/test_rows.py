@@ -135,6 +135,21 @@ def test_missing_empty_and_broken_files_are_refused(tmp_path):
         read("piqa", tmp_path / "piqa.jsonl")
 
 
+def test_training_files_are_passed_over_unless_they_are_named(tmp_path):
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS["piqa"])
+    (tmp_path / "piqa").mkdir()
+    (tmp_path / "piqa/train.jsonl").write_text(lines)
+    for data in ({"": tmp_path}, {"piqa": tmp_path / "piqa"}):
+        with pytest.raises(TaskError, match=r"\(there: training files alone, such as train\.jsonl, which are for examples\)"):
+            read_task(TASKS["piqa"], data)
+    found = read_task(TASKS["piqa"], {"piqa": tmp_path / "piqa/train.jsonl"})
+    assert found.note == "piqa: piqa/train.jsonl is a training file by its name; it is evaluated since --task-data names it"
+    (tmp_path / "piqa/test.jsonl").write_text(lines)
+    assert read("piqa", tmp_path).source == "piqa/test.jsonl" and read("piqa", tmp_path).note == ""
+    (tmp_path / "rows.text").write_text(lines)
+    assert read("piqa", tmp_path / "rows.text").source == "rows.text"
+
+
 def test_two_files_that_both_fit_are_not_chosen_between(tmp_path):
     write_rows(tmp_path / "a", "piqa")
     write_rows(tmp_path / "b", "piqa")

@@ -138,6 +138,8 @@ def test_the_dense_model_is_freed_before_the_base_is_loaded(run, monkeypatch):
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p is 0.0; it is a share"),
         ({"top_p": 0.5}, "at temperature 0 nothing is drawn"),
+        ({"seed": -1}, "seed is -1; allowed: 0 to 4294967295"),
+        ({"temperature": 1.0, "seed": 10**20}, "seed is 100000000000000000000; allowed: 0"),
     ],
 )
 def test_settings_out_of_range(settings, message):
@@ -213,6 +215,24 @@ def test_another_adapter(run, tmp_path, capsys, tokenizer):
     edit_tensors(trained / "adapter_model.safetensors", lambda t: t.update({n: -2 * v for n, v in t.items() if "lora_B" in n}))
     expected = by_hand(cloq.load(run.store.out, adapter=trained), tokenizer, "Once upon", 12) + "\n"
     assert said(capsys, run.store.out, "--prompt", "Once upon", "--max-new-tokens", 12, "--adapter", trained) == expected
+
+
+def test_an_adapter_of_another_base_is_refused_before_anything_is_loaded(run, tmp_path, capsys, monkeypatch):
+    from tests.finished import edit_json
+
+    other = finish("llama", tmp_path, lambda name, weight: Rtn(4, 32).quantize(weight), seed=7)
+    adapter = other.adapter(other.export("dense", dtype="float32"))
+    argv = ["generate", str(run.store.out), "-p", "a", "--max-new-tokens", "1", "--adapter", str(adapter)]
+    assert main([*argv, "--base", str(run.store.out / "model")]) == 0
+    monkeypatch.setattr("cloq.use.loading.load_base", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("cloq.use.generating.load_dense", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+    capsys.readouterr()
+    for further in ([], ["--compare"]):
+        assert main([*argv, *further]) == 2
+        assert f"says that it belongs to {other.store.out / 'model'}, not to" in capsys.readouterr().err
+    edit_json(adapter / "adapter_config.json", lambda config: config.update(r=8, lora_alpha=8))
+    assert main([*argv, "--base", str(run.store.out / "model")]) == 2
+    assert "do not belong together" in capsys.readouterr().err
 
 
 def test_a_trained_adapter_that_nobody_asked_for_is_mentioned(run, tmp_path, capsys):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import cloq
 from cloq.cli import main
-from cloq.errors import ExportError
+from cloq.errors import ExportError, RunError
 from cloq.export import folder
 from cloq.quantizers import Nf4, Rtn
 from cloq.use import merging
@@ -370,6 +370,8 @@ def test_folders_that_are_not_there_or_not_free(plain, tmp_path):
             cloq.merge(out, out / name)
     with pytest.raises(ExportError, match="dtype is 'int8'; a merged model takes bfloat16, float16, float32"):
         cloq.merge(out, tmp_path / "merged", dtype="int8")
+    with pytest.raises(RunError, match=r"cannot write to .*mine\.txt.*choose another --to, and run the same command again$"):
+        cloq.merge(out, tmp_path / "mine.txt/merged")
     assert (tmp_path / "mine.txt").read_text() == "keep"
 
 

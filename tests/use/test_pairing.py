@@ -7,13 +7,15 @@ import shutil
 import pytest
 import torch
 
+import cloq
 from cloq.errors import ExportError
 from cloq.export.peft import AdapterFolder
 from cloq.models import Decoder
 from cloq.quantizers import Rtn
 from cloq.use.check import check_adapter
-from cloq.use.pairing import Pair, fit
+from cloq.use.pairing import Pair, fit, refuse_unfit
 from tests.finished import edit_json, edit_tensors, finish
+from tests.tiny import load_plain, save_tiny
 
 UP, KEY = "model.layers.0.mlp.up_proj", "base_model.model.model.layers.0.mlp.up_proj"
 
@@ -95,3 +97,68 @@ def test_settings_that_peft_cannot_read(made, adapter):
     with pytest.raises(ExportError, match=r"PEFT cannot read .*adapter_config\.json"):
         fit(AdapterFolder(adapter), made.decoder.model)
     assert any("PEFT cannot read" in finding.what for finding in check_adapter(AdapterFolder(adapter), made.store.out / "model"))
+
+
+# -- what PEFT may put on a base ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def foreign(made, tmp_path_factory):
+    """The finished run of another model of the same shapes."""
+    run = finish("llama", tmp_path_factory.mktemp("foreign"), lambda name, weight: Rtn(4, 32).quantize(weight), seed=7)
+    run.adapter(run.export("gptq"))
+    return run.store.out
+
+
+def unfit(adapter, base, out):
+    refuse_unfit(AdapterFolder(adapter), base, out)
+
+
+def test_the_adapter_of_another_run_is_refused_unless_the_base_is_named(made, foreign):
+    out = made.store.out
+    with pytest.raises(ExportError, match=r"says that it belongs to .*, not to .*; name the base that it was trained on with --base"):
+        unfit(foreign / "adapter", out / "model", out)
+    unfit(foreign / "adapter", out / "model", None)
+    with pytest.raises(ExportError, match="says that it belongs to"):
+        cloq.load(out, adapter=foreign / "adapter")
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_what_merging_refuses_is_not_loaded(made, adapter, name):
+    MISFITS[name][0](adapter)
+    for base in (None, made.store.out / "model"):
+        with pytest.raises(ExportError):
+            cloq.load(made.store.out, adapter=adapter, base=base)
+
+
+def test_adapters_of_exports_of_copies_and_of_moved_runs_are_the_run_s(made, adapter, tmp_path):
+    out = made.store.out
+    named = {
+        "an export beside the base": made.export("dense"),
+        "a copy": shutil.copytree(out / "model", tmp_path / "copy"),
+        "a place that is gone": tmp_path / "gone/model",
+    }
+    for base in named.values():
+        settings(base_model_name_or_path=str(base))(adapter)
+        unfit(adapter, out / "model", out)
+
+
+def test_other_adapters_than_plain_lora_are_loaded_as_before(made, tmp_path):
+    """DoRA has more tensors, and factors of experts as fused parameters have no layers: the first fits, of the second PEFT judges."""
+    from peft import LoraConfig, get_peft_model
+
+    base = save_tiny("mixtral", tmp_path / "base", num_hidden_layers=1)
+    for number, changes in enumerate(
+        ({"target_modules": ["q_proj"], "use_dora": True}, {"target_parameters": ["mlp.experts.gate_up_proj"]})
+    ):
+        get_peft_model(load_plain(base), LoraConfig(r=4, init_lora_weights=False, **changes)).save_pretrained(tmp_path / str(number))
+        unfit(tmp_path / str(number), base, None)
+
+
+def test_layers_of_experts_that_stay_fused_need_no_factors(tmp_path):
+    """PEFT does not see them, though their names end as those of the layers that it was asked for."""
+    from peft import LoraConfig, get_peft_model
+
+    base = save_tiny("qwen2_moe", tmp_path / "base", num_hidden_layers=1)
+    get_peft_model(load_plain(base), LoraConfig(r=4, target_modules=["up_proj"])).save_pretrained(tmp_path / "adapter")
+    unfit(tmp_path / "adapter", base, None)
