@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cloq.api import RUN_FILE, read_run_file
-from cloq.errors import CalibrationError, RunError, SpecError
+from cloq.errors import RunError, SpecError
 from cloq.specs import require
 from cloq.tasks.evaluation import PreparedTasks, answer, score_of
 from cloq.tasks.records import is_record, read_records
@@ -253,21 +253,14 @@ def _seq_len(subjects: Sequence[Subject], asked: Asked) -> int:
 def text_tokens(subject: Subject, asked: Asked, seq_len: int) -> Tensor:
     """The text in the subject's own tokens, `(sequences, seq_len)`. Raises `CalibrationError` if it cannot be read or is too short."""
     from cloq.calibration import documents
+    from cloq.calibration.options import Options
     from cloq.models import load_tokenizer
     from cloq.use.evaluate import beginning, evaluation_tokens
 
     tokenizer, text = load_tokenizer(subject.base, asked.trust_remote_code), asked.text
     enough = text.samples * seq_len if text.samples else None
-    try:
-        read = beginning(documents(text.source, text.column, tokenizer), enough)
-    except CalibrationError as error:
-        raise CalibrationError(_of_text(str(error))) from error
-    return evaluation_tokens(read, tokenizer, seq_len, text.samples)
-
-
-def _of_text(message: str) -> str:
-    """What a reader of texts says, in the options of an evaluation, which has no text that a model samples."""
-    return message.replace(", --calib self", "").replace("--calib-column", "--text-column").replace("--calib", "--text")
+    read = documents(text.source, text.column, tokenizer, Options("--text", "--text-column", calibrates=False))
+    return evaluation_tokens(beginning(read, enough), tokenizer, seq_len, text.samples)
 
 
 def _outcome(subject: Subject, asked: Asked, tokens: Tensor | None, progress: Progress | None) -> Outcome:

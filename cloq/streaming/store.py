@@ -51,14 +51,18 @@ SURVEY_FILE = "survey.safetensors"
 class RunFolder:
     """An output folder that belongs to one run: a manifest in it says which, and a lock keeps other processes out.
 
-    out: the folder. own: what the run keeps for itself, a folder in it. option, maker: what names the folder, and what fills it, for
-    messages.
+    out: the folder. own: what the run keeps for itself, a folder in it. option, maker, kept: what names the folder, what fills it,
+    and what is kept of an interrupted run, for messages.
     """
 
-    def __init__(self, out: str | Path, own: str, option: str, maker: str):
+    def __init__(self, out: str | Path, own: str, option: str, maker: str, kept: str = "finished blocks"):
         self.out = Path(out)
         self.folder = self.out / own
-        self._option, self._maker = option, maker
+        self._option, self._maker, self._remedy = option, maker, resumed(option, kept)
+
+    def writing(self) -> contextlib.AbstractContextManager[None]:
+        """Turns the system's errors while writing here into `RunError` with this run's remedy."""
+        return writing(self.out, self._remedy)
 
     def claim(self, manifest: dict[str, Any], restart: bool = False) -> None:
         """Makes the folder this run's, or finds that it is already.
@@ -78,7 +82,7 @@ class RunFolder:
                     f"Use the same settings to continue it, another {self._option}, or --restart to discard it"
                 )
         else:
-            with writing(self.out):
+            with self.writing():
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_atomically(path, json.dumps(manifest, indent=1, sort_keys=True).encode())
 
@@ -88,7 +92,7 @@ class RunFolder:
 
     def refuse_foreign(self) -> None:
         """Raises `RunError` if the folder is a file, holds something that cloq did not write, or cannot be one."""
-        with writing(self.out):
+        with self.writing():
             if self.out.exists() and not self.out.is_dir():
                 raise RunError(f"{self.out} is a file; {self._option} names a folder")
             other = sorted(p.name for p in self.out.iterdir()) if self.out.is_dir() and not self.folder.exists() else []
@@ -98,7 +102,7 @@ class RunFolder:
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Held while a run writes here; `RunError` if another process holds it. It is free when the process ends, however it ends."""
-        with writing(self.out):
+        with self.writing():
             self.folder.mkdir(parents=True, exist_ok=True)
             handle = open(self.folder / "lock", "w")  # noqa: SIM115 - closed below, after the lock
         try:
@@ -134,7 +138,7 @@ class Store(RunFolder):
         """Prepares the folder for a run and returns how many blocks are finished already. Errors as of `claim`. Those are not looked into;
         see `discard_damaged`."""
         self.claim(manifest, restart)
-        with writing(self.out):
+        with self.writing():
             self.blocks.mkdir(exist_ok=True)
             for leftover in self.blocks.glob(".*tmp*"):  # ours and the library's, of a run that was killed while it wrote
                 leftover.unlink(missing_ok=True)
@@ -157,7 +161,7 @@ class Store(RunFolder):
         if damage is None:
             return None
         behind = [index for index in self._stored() if index >= damage.index]
-        with writing(self.out):
+        with self.writing():
             for index in reversed(behind):  # the last first: wherever this is interrupted, what is left is whole or found again
                 self._path(index).unlink()
         further = behind[-1] - damage.index
@@ -180,7 +184,7 @@ class Store(RunFolder):
 
     def keep_batch(self, sequences: int) -> None:
         """Every continuation goes on with so many, and ends with the same bytes as if it had not been interrupted."""
-        with writing(self.out):
+        with self.writing():
             write_atomically(self.folder / BATCH_FILE, json.dumps({"sequences": sequences}).encode())
 
     # -- what the loss depends on ---------------------------------------------------------------------------------------
@@ -204,7 +208,7 @@ class Store(RunFolder):
 
     def _keep(self, file: str, tensors: dict[str, Tensor], about: Any) -> None:
         tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
-        with writing(self.out):
+        with self.writing():
             write_tensors(self.folder / file, tensors, {"about": json.dumps({"sha256": BLANK, "about": about})}, seal)
 
     def _kept(self, file: str) -> tuple[dict[str, Tensor], Any] | None:
@@ -235,7 +239,7 @@ class Store(RunFolder):
         for name, result in results.items():
             parts, layers[name] = to_tensors(result)
             tensors |= {f"{name}/{key}": value.cpu().contiguous() for key, value in parts.items()}
-        with writing(self.out):
+        with self.writing():
             write_tensors(self._path(index), tensors, {"block": json.dumps({"sha256": BLANK, "index": index, "layers": layers})}, seal)
 
     def read(self, index: int) -> dict[str, LayerResult]:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from cloq.errors import RunError
-from cloq.streaming.store import RunFolder, write_atomically, writing
+from cloq.streaming.store import RunFolder, write_atomically
 
 SEAL = "sealed.json"
 RESULTS = ("adapter_model.safetensors", "adapter_config.json", "README.md", "train.yaml", "training.json")
@@ -32,7 +32,7 @@ class TrainingFolder(RunFolder):
     """The folder that `--to` names."""
 
     def __init__(self, to: str | Path):
-        super().__init__(to, "checkpoints", "--to", "cloq train OUT --data ROWS")
+        super().__init__(to, "checkpoints", "--to", "cloq train OUT --data ROWS", kept="checkpoints")
 
     def refuse_foreign(self) -> None:
         if self.folder.exists() or self.finished() is None:
@@ -46,7 +46,7 @@ class TrainingFolder(RunFolder):
                 raise RunError(
                     f"{self.out} holds a finished training that does not say of what; choose another --to, or --restart to discard it"
                 )
-            with writing(self.out):
+            with self.writing():
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_atomically(path, json.dumps(finished["manifest"], indent=1, sort_keys=True).encode())
         super().claim(manifest, restart)
@@ -71,7 +71,7 @@ class TrainingFolder(RunFolder):
 
     def seal(self, checkpoint: Path, about: dict[str, Any]) -> None:
         """Declares a checkpoint complete: everything in it is on the disk before the seal is. about: kept in it."""
-        with writing(self.out):
+        with self.writing():
             files = {path.name: _digest_on_disk(path) for path in sorted(checkpoint.iterdir()) if path.is_file()}
             files.pop(SEAL, None)
             content = {"run": self.run, "files": files, "about": about}

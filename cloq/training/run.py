@@ -20,7 +20,7 @@ from cloq.errors import MissingLibrary, RunError, TrainingError
 from cloq.export.peft import CONFIG, WEIGHTS
 from cloq.models import load_tokenizer
 from cloq.streaming.distributed import is_first
-from cloq.streaming.store import write_atomically, writing
+from cloq.streaming.store import write_atomically
 from cloq.training.batches import refuse_leaking
 from cloq.training.checkpoints import TrainingFolder
 from cloq.training.examples import Examples, held_out, read_examples
@@ -280,7 +280,7 @@ def _write(spec: TrainSpec, start: Start, folder: TrainingFolder, model: nn.Modu
     work = folder.folder / "result"
     config = model.peft_config[model.active_adapter]
     config.base_model_name_or_path = str(start.base)
-    with writing(folder.out):
+    with folder.writing():
         model.save_pretrained(work, save_embedding_layers=False)
         saved = json.loads((work / CONFIG).read_text("utf8"))
         saved = {key: sorted(value) if key == "target_modules" and isinstance(value, list) else value for key, value in saved.items()}

@@ -201,3 +201,9 @@ def test_a_foreign_folder_and_a_running_training_are_refused(out, rows, tmp_path
     folder = TrainingFolder(tmp_path / "to")
     with folder.lock(), pytest.raises(CloqError, match="another run is writing"):
         cloq.train(out, data=str(rows), to=tmp_path / "to", **SETTINGS)
+
+
+def test_where_nothing_can_be_written_the_remedy_is_training_s_own(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"choose another --to, and run the same command again: checkpoints are kept"):
+        TrainingFolder(tmp_path / "file" / "to").claim({})
