@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -198,19 +198,18 @@ def evaluate(
 def look(subjects: Sequence[Subject], asked: Asked) -> list[Tensor | None]:
     """The text in each subject's own tokens, `(sequences, length)`. Raises a `CloqError` for whatever the files say is wrong with one of
     the models, its adapter, its tokenizer, or the text, without reading a weight."""
-    running = [subject for subject in subjects if subject.base is not None]
-    for subject in running:
-        _look_at(subject, asked)
+    contexts = {subject.label: _look_at(subject, asked) for subject in subjects if subject.base is not None}
     if asked.text is None:
         return [None] * len(subjects)
-    seq_len = _seq_len(running, asked)
+    seq_len = _seq_len(contexts, asked.text.seq_len)
     return [text_tokens(subject, asked, seq_len) if subject.base is not None else None for subject in subjects]
 
 
 _ON_ITS_BASE = "to evaluate it on the base that it was trained on, name that as the model: cloq eval BASE --adapter ADAPTER"
 
 
-def _look_at(subject: Subject, asked: Asked) -> None:
+def _look_at(subject: Subject, asked: Asked) -> int | None:
+    """The longest sequence that the model takes, where it says so."""
     from cloq.export.peft import AdapterFolder
     from cloq.export.read import QuantizedFolder, read_config
     from cloq.models import load_config, max_positions
@@ -232,15 +231,13 @@ def _look_at(subject: Subject, asked: Asked) -> None:
         look_at(base, subject.adapter, asked.decoded, asked.tasks.settings.chat, trust)
         for task in [rows.task for rows in asked.tasks.own if rows.task.generative]:
             room_beside(asked.tasks.settings.max_new_tokens or task.max_new_tokens, limit)
+    return limit
 
 
-def _seq_len(subjects: Sequence[Subject], asked: Asked) -> int:
-    """One length for all, so that they can be compared. Raises `SpecError` for one that a model does not take."""
-    from cloq.models import load_config, max_positions
-
-    contexts = {subject.label: max_positions(load_config(subject.base, asked.trust_remote_code)) for subject in subjects}
+def _seq_len(contexts: Mapping[str, int | None], wanted: int | None) -> int:
+    """One length for all models, by label, so that they can be compared. Raises `SpecError` for one that a model does not take."""
     limits = {label: limit for label, limit in contexts.items() if limit is not None}
-    shortest, wanted = min(limits, key=limits.__getitem__, default=None), asked.text.seq_len
+    shortest = min(limits, key=limits.__getitem__, default=None)
     if shortest is None:
         return wanted or SEQ_LEN
     require(

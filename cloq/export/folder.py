@@ -52,8 +52,7 @@ def write_folder(
     tensors: Iterable[tuple[str, Tensor]], config: dict[str, Any], companions: Path, target: Path, remedy: str = ANOTHER_TARGET
 ) -> Path:  # fmt: skip
     """Writes named tensors as they come, at most a shard of them in memory, with a config.json and what lies beside the weights in
-    the folder `companions`. `target` is replaced when all of it is there; `RunError` with
-    the remedy if the disk is full."""
+    the folder `companions`. `target` is replaced when all of it is there; `RunError` with the remedy if the disk is full."""
     with writing(target.parent, remedy), replaced_when_complete(target) as folder:
         _write_shards(tensors, folder)
         write_atomically(folder / "config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())

@@ -82,9 +82,13 @@ class RunFolder:
                     f"Use the same settings to continue it, another {self._option}, or --restart to discard it"
                 )
         else:
-            with self.writing():
-                self.folder.mkdir(parents=True, exist_ok=True)
-                write_atomically(path, json.dumps(manifest, indent=1, sort_keys=True).encode())
+            self.keep_manifest(manifest)
+
+    def keep_manifest(self, manifest: dict[str, Any]) -> None:
+        """Says in the folder, which is made if need be, what the run is."""
+        with self.writing():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.folder / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True).encode())
 
     def discard(self) -> None:
         """Removes what an earlier run kept here."""
@@ -349,7 +353,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
             save_file(tensors, temporary, metadata)
         except SafetensorError as error:  # which is how the library reports a full disk
             raise OSError(str(error).removeprefix("Error while serializing: ")) from error
-        _sort_metadata(temporary)
+        if len(metadata) > 1:
+            _sort_metadata(temporary)
         if finish is not None:
             finish(temporary)
 

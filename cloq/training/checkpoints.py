@@ -40,15 +40,13 @@ class TrainingFolder(RunFolder):
 
     def claim(self, manifest: dict[str, Any], restart: bool = False) -> None:
         """Errors as of `RunFolder.claim`, also where the checkpoints of a finished training were deleted."""
-        path, finished = self.folder / "manifest.json", self.finished()
-        if finished is not None and not path.exists() and not restart:
+        finished = self.finished()
+        if finished is not None and not (self.folder / "manifest.json").exists() and not restart:
             if "manifest" not in finished:
                 raise RunError(
                     f"{self.out} holds a finished training that does not say of what; choose another --to, or --restart to discard it"
                 )
-            with self.writing():
-                self.folder.mkdir(parents=True, exist_ok=True)
-                write_atomically(path, json.dumps(finished["manifest"], indent=1, sort_keys=True).encode())
+            self.keep_manifest(finished["manifest"])
         super().claim(manifest, restart)
 
     def finished(self) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cloq.errors import SpecError
-from cloq.specs import Spec, one_of, require
+from cloq.specs import Spec, one_of, require, require_seed
 from cloq.training.recipes import recipe as find_recipe
 
 PACKINGS = ("auto", "none", "rows", "stream")
@@ -107,7 +107,7 @@ class TrainSpec(Spec):
         require(
             self.teacher is not None or self.distill == 1, "distill is the teacher's share of the loss; name one with --teacher original"
         )
-        require(0 <= self.seed < 1 << 32, f"seed is {self.seed}; allowed: 0 to 4294967295")
+        require_seed("seed", self.seed)
 
     def _check_choices(self) -> None:
         one_of("packing", self.packing, PACKINGS)

@@ -278,10 +278,11 @@ def _check_settings(config: dict[str, Any]) -> Iterator[Finding]:
 
 def _changed_product(adapter: AdapterFolder, names: Iterable[str]) -> Iterator[str]:
     """Layers that compute with something else than the product that was fitted."""
+    fitted = adapter.fitted_scale
     for name in names:
         factors, (rank, alpha) = adapter.read(name), adapter.rank_and_alpha(name)
-        if adapter.fitted_scale not in (None, alpha / rank):
-            yield f"{name} is multiplied by alpha / r = {alpha} / {rank}, not by {adapter.fitted_scale:g}"
+        if fitted not in (None, alpha / rank):
+            yield f"{name} is multiplied by alpha / r = {alpha} / {rank}, not by {fitted:g}"
         elif not (all_finite(factors.A) and all_finite(factors.B)):
             yield f"{name} holds NaN or Inf"
 
