@@ -10,7 +10,7 @@ from cloq.api import evaluate_tokens
 from cloq.models import Decoder
 from cloq.plan import plan
 from cloq.specs import LoraSpec, run_spec
-from cloq.streaming.device import waiting_device
+from cloq.streaming.device import place_to_wait, waiting_in
 from tests.plan.test_plan import MACHINE
 from tests.pretended import pretended_gpu
 from tests.test_api import digest
@@ -58,8 +58,8 @@ def test_activations_wait_where_there_is_room(free, waits, tmp_path):
     for context in (pretended_gpu(free), contextlib.nullcontext()):
         with context:
             decoder = Decoder(model, "cpu" if outputs else "cuda:0")
-            waiting = waiting_device(spec, decoder.device, 2 * 64 * decoder.bytes_of_a_token)
-            (batch,) = decoder.enter(tokens, 64, waiting=waiting)
+            place = place_to_wait(spec, decoder.device, 2 * 64 * decoder.bytes_of_a_token)
+            (batch,) = decoder.enter(tokens, 64, waiting=waiting_in(place, tmp_path))
             where = [batch.hidden.device.type]
             for index in range(2):
                 decoder.load_block(index)
@@ -71,9 +71,9 @@ def test_activations_wait_where_there_is_room(free, waits, tmp_path):
             with decoder.outer():
                 outputs.append(decoder.leave(batch.hidden, tokens).cpu())
     assert torch.equal(*outputs)
-    for asked in ("host", "device"):
+    for asked in ("host", "device", "disk"):
         with pretended_gpu(free):
-            assert (waiting_device(run_spec(activations=asked), torch.device("cuda:0"), 1).type == "cpu") == (asked == "host")
+            assert place_to_wait(run_spec(activations=asked), torch.device("cuda:0"), 1) == asked
 
 
 def test_a_plan_says_what_lies_on_the_gpu(text, tmp_path):

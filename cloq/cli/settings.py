@@ -59,7 +59,7 @@ HELP = {
     "fisher": "CLoQ: share of what an output counts that is how much the loss depends on it; 0 is the published method.",
     "device": "auto, cpu, cuda, cuda:1, mps.",
     "batch_tokens": "Tokens per forward.",
-    "activations": f"Where activations wait for the next forward: {', '.join(ACTIVATIONS)}.",
+    "activations": f"Where activations wait for the next forward: {', '.join(ACTIVATIONS)} (auto: the first with room).",
     "revision": "Of the hub id.",
     "trust_remote_code": "Run Python code that comes with the model.",
 }

@@ -11,17 +11,21 @@ from cloq.models.quiet import quiet_libraries
 from cloq.models.reference import Reference, hooks_on
 from cloq.models.sample import sample_text
 from cloq.models.skeleton import load_config, load_tokenizer, max_positions
+from cloq.models.waiting import InHostMemory, OnDisk, Waiting
 
 __all__ = [
     "Batch",
     "Checkpoint",
     "Decoder",
     "Forwards",
+    "InHostMemory",
     "Kind",
     "Kinds",
+    "OnDisk",
     "Reference",
     "Room",
     "TensorSource",
+    "Waiting",
     "cache_folder",
     "followed",
     "hooks_on",

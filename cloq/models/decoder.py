@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -20,6 +20,7 @@ from cloq.linears import fused_experts, is_linear, linear_shape, routers
 from cloq.models.experts import ExpertLayer, Experts, experts_of, rounds
 from cloq.models.probe import returned_values
 from cloq.models.streamed import Returned, StreamedModel
+from cloq.models.waiting import Waiting
 from cloq.precision import forward_precision
 
 Call = tuple[tuple, dict[str, Any]]
@@ -32,15 +33,16 @@ no expert sees what another one makes."""
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch on its way through the blocks. hidden: `(sequences, tokens, width)`, on the device where it waits for its forwards.
+    """One micro-batch on its way through the blocks. hidden: `(sequences, tokens, width)`, where it waits for its forwards.
     calls: further arguments, for each block."""
 
     hidden: Tensor
     calls: list[Call]
+    waiting: Waiting = field(default_factory=Waiting)
 
     def onwards(self, returned: Tensor) -> Batch:
-        """The same behind a block that returned this."""
-        return Batch(_waiting(returned, self.hidden.device), self.calls)
+        """The same behind a block that returned this, in place of this one: what it held may be gone."""
+        return replace(self, hidden=self.waiting.keep(returned, self.hidden))
 
 
 class Decoder(StreamedModel):
@@ -86,22 +88,22 @@ class Decoder(StreamedModel):
 
     @torch.no_grad()
     def enter(
-        self, tokens: Tensor, batch_tokens: int, first_alone: bool = False, waiting: torch.device | None = None
+        self, tokens: Tensor, batch_tokens: int, first_alone: bool = False, waiting: Waiting | None = None
     ) -> list[Batch]:  # fmt: skip
         """Runs the model's own way in on `tokens (sequences, length)` and returns what the first block gets and what every
         block is called with, in micro-batches of about `batch_tokens` tokens. Equal arguments of different batches are kept once.
 
         first_alone: the first sequence is a micro-batch of its own, on which what is found out by running a block is found out cheaply.
-        waiting: where hidden states are between forwards, by default where the forwards are.
+        waiting: where hidden states are between forwards, by default where forwards leave them.
         """
         size = max(1, batch_tokens // tokens.shape[1])
         chunks = [*tokens[:1].split(1), *tokens[1:].split(size)] if first_alone and len(tokens) > 1 else tokens.split(size)
         kept: list[Tensor] = []
         with self.outer(head=False):
             self.check_streamable()
-            return [self._enter_one(chunk.to(self.device), kept, waiting or self.device) for chunk in chunks]
+            return [self._enter_one(chunk.to(self.device), kept, waiting or Waiting()) for chunk in chunks]
 
-    def _enter_one(self, tokens: Tensor, kept: list[Tensor], waiting: torch.device) -> Batch:
+    def _enter_one(self, tokens: Tensor, kept: list[Tensor], waiting: Waiting) -> Batch:
         first: list[Tensor] = []
         calls: list[Call] = []
 
@@ -114,14 +116,17 @@ class Decoder(StreamedModel):
             return hidden
 
         self.go_through(record, tokens, self._returned)
-        return Batch(_waiting(first[0], waiting), calls)
+        return Batch(waiting.keep(first[0]), calls, waiting)
 
     def run_block(self, index: int, batch: Batch, gradients: bool = False) -> Tensor:
         """The block's output hidden states for one micro-batch. Needs `load_block(index)`. gradients: can be followed back to the hidden
         states that go in, where these ask for it."""
         args, kwargs = batch.calls[index]
-        with torch.set_grad_enabled(gradients), forward_precision(self.device):
-            output = self.blocks[index](batch.hidden.to(self.device, non_blocking=True), *args, **kwargs)
+        try:
+            with torch.set_grad_enabled(gradients), forward_precision(self.device):
+                output = self.blocks[index](batch.hidden.to(self.device, non_blocking=True), *args, **kwargs)
+        finally:  # hooks may end a forward
+            batch.waiting.rest(batch.hidden)
         return output[0] if isinstance(output, (tuple, list)) else output
 
     def rounds(self, groups: list[list[str]], one_by_one: bool) -> list[list[list[str]]]:
@@ -173,13 +178,6 @@ class Decoder(StreamedModel):
     @functools.cached_property
     def _returned(self) -> Returned:
         return returned_values(self)
-
-
-def _waiting(hidden: Tensor, device: torch.device) -> Tensor:
-    """Hidden states where they wait; of a GPU's in host memory that it copies from at full speed."""
-    if hidden.device.type == device.type:
-        return hidden
-    return torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=torch.cuda.is_available()).copy_(hidden)
 
 
 def _intern(value: Any, kept: list[Tensor]) -> Any:

@@ -18,6 +18,7 @@ from cloq.calibration import hooked
 from cloq.errors import ModelError
 from cloq.linears import linear_shape
 from cloq.models.decoder import Batch, Decoder
+from cloq.models.waiting import InHostMemory, Waiting
 from cloq.precision import forward_precision
 
 LENGTH = 512
@@ -33,16 +34,17 @@ def followed(length: int) -> int:
 
 
 def squared_gradients(
-    decoder: Decoder, tokens: Tensor, batch_tokens: int, wanted: Container[str], numbers: Sequence[int] | None = None
+    decoder: Decoder, tokens: Tensor, batch_tokens: int, wanted: Container[str], numbers: Sequence[int] | None = None,
+    aside: Waiting | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """`Σ g²` over all tokens, `(out,)` float32, with `g` the gradient of the loss with respect to a layer's output; by the layer's full
     name. Layers that no token reached have zeros.
 
     tokens: `(sequences, length)`, cut into pieces of at most `LENGTH`. wanted: full names of the layers to find it for. numbers: of the
     sequences, from 0 on if not given; they decide which labels are drawn from the model's predictions. Every block is loaded twice,
-    forwards and backwards; what each was given lies in host memory in between. State that blocks hand each other besides the hidden states
-    (Gemma 4's shared keys and values) is not followed. Raises `ModelError` for a model that cannot be followed backwards, and for gradients
-    that are not finite.
+    forwards and backwards. aside: where what each was given waits in between, by default in host memory. State that blocks hand each
+    other besides the hidden states (Gemma 4's shared keys and values) is not followed. Raises `ModelError` for a model that cannot be
+    followed backwards, and for gradients that are not finite.
     """
     length = min(LENGTH, tokens.shape[1])
     pieces = followed(tokens.shape[1]) // length
@@ -50,10 +52,11 @@ def squared_gradients(
     seeds = [number * pieces + piece for number in numbers or range(len(tokens) // pieces) for piece in range(pieces)]
     batches = decoder.enter(tokens, batch_tokens)
     names = [[name for name in decoder.linears(index) if name in wanted] for index in range(len(decoder.blocks))]
+    aside = aside or InHostMemory()
     given: list[list[Tensor]] = []
     for index in range(len(decoder.blocks)):
         decoder.load_block(index)
-        given.append([batch.hidden.cpu() for batch in batches])
+        given.append([aside.keep(batch.hidden.cpu()) for batch in batches])
         batches = [batch.onwards(decoder.run_block(index, batch)) for batch in batches]
         decoder.drop_block(index)
     with decoder.outer():
@@ -64,7 +67,7 @@ def squared_gradients(
         decoder.load_block(index)
         modules = {name: module for name, module in decoder.linears(index).items() if name in names[index]}
         for position, (batch, hidden) in enumerate(zip(batches, given.pop(), strict=True)):
-            batch = Batch(hidden.to(decoder.device).requires_grad_(), batch.calls)
+            batch = Batch(hidden.to(decoder.device).requires_grad_(), batch.calls, aside)
             gradients[position] = _back(decoder, index, batch, gradients[position], modules, found)
         decoder.drop_block(index)
     return {name: found[name] for block in names for name in block}

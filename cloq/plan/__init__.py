@@ -12,6 +12,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from cloq.models import Decoder
 from cloq.plan import algebra, rounds, storage
 from cloq.plan.forward import BlockForward, block_forwards
@@ -19,7 +21,7 @@ from cloq.plan.work import Machine, Work, measure
 from cloq.report import wording
 from cloq.specs import LayerSpec, RunSpec
 from cloq.streaming import survey
-from cloq.streaming.memory import spare_memory
+from cloq.streaming.memory import free_memory, spare_memory
 
 FASTER, SLOWER = 0.7, 1.6
 """A run that is left alone is expected between these multiples of the estimate. Measured on one busy core, the large phases of
@@ -130,7 +132,8 @@ def plan(spec: RunSpec, decoder: Decoder, machine: Machine | None = None, spare:
     needed = storage.kept(spec, decoder, chosen, forwards)
     spare = min(needed, spare_memory(decoder.device) if spare is None else spare)
     sizes = storage.Sizes.of(spec, decoder, chosen, shapes)
-    memory, device_memory = storage.peak_memory(spec, decoder, chosen, shapes, forwards, sizes, spare)
+    waits = storage.waiting(spec, decoder)
+    memory, device_memory = storage.peak_memory(spec, decoder, chosen, shapes, forwards, sizes, spare, waits)
     return Plan(
         model=spec.model,
         device=str(decoder.device),
@@ -141,11 +144,11 @@ def plan(spec: RunSpec, decoder: Decoder, machine: Machine | None = None, spare:
         quantized=sum(math.prod(shapes[name]) for name in chosen),
         tokens=spec.calib.samples * spec.calib.seq_len,
         heldout=spec.calib.heldout_samples * spec.calib.seq_len,
-        work=_phases(spec, decoder, chosen, shapes, forwards, sizes, spare / needed if needed else 0.0),
+        work=_phases(spec, decoder, chosen, shapes, forwards, sizes, spare / needed if needed else 0.0, waits),
         machine=machine or measure(decoder.device),
         memory=memory,
         device_memory=device_memory,
-        disk=sizes.written(),
+        disk=sizes.written() | {f"{name} while it runs": waited.size for name, waited in waits.items() if waited.place == "disk"},
         original=sizes.original,
         bits=sizes.bits,
         notes=tuple(notes),
@@ -160,9 +163,10 @@ def _clipped(chosen: dict[str, LayerSpec], shapes: dict[str, storage.Shape]) -> 
 
 def _phases(
     spec: RunSpec, decoder: Decoder, chosen: dict[str, LayerSpec], shapes: dict[str, storage.Shape], forwards: list[BlockForward],
-    sizes: storage.Sizes, kept: float,
+    sizes: storage.Sizes, kept: float, waits: dict[str, storage.Waiting],
 ) -> dict[str, Work]:  # fmt: skip
-    """Work by phase as `pipeline.quantize_blocks` goes through them. kept: the share of what can be kept that there is memory for."""
+    """Work by phase as `pipeline.quantize_blocks` goes through them. kept: the share of what can be kept that there is memory for.
+    waits: as of `storage.waiting`."""
     calib = spec.calib
     sequences, tokens = calib.samples + calib.heldout_samples, (calib.samples + calib.heldout_samples) * calib.seq_len
     beside = spec.corrects  # the original model's own activations
@@ -174,6 +178,7 @@ def _phases(
         phases["gradients"] = _gradients(spec, decoder, forwards, sizes)
     if spec.spends:
         phases["survey"] = _survey(spec, decoder, chosen, shapes, forwards, sizes)
+    written, read = _paged(waits[storage.ACTIVATIONS])
     last = max(index for index in range(len(forwards)) if any(name in chosen for name in decoder.linears(index)))
     for index, forward in enumerate(forwards):
         prefix = decoder.block_name(index) + "."
@@ -181,6 +186,9 @@ def _phases(
         groups = forward.chosen(prefix, chosen)
         together = decoder.rounds(groups, spec.one_by_one)
         asked = [[name.removeprefix(prefix) for names in groups for name in names] for groups in together]
+        phases["capture"] += len(together) * read
+        if index < last:
+            phases["propagate"] += read + written
         for parts, share in ((True, kept), (False, 1 - kept)):
             for original, to_sums, times in ((False, beside, sequences), (True, True, beside * sequences)):
                 possible = storage.parts_kept(spec, forward, prefix, chosen, original) if parts else ()
@@ -207,6 +215,15 @@ def _phases(
     phases["store"] = Work(disk=sizes.store)
     phases["export"] = Work(disk=sizes.original + sizes.store + sizes.base + sizes.adapter)
     return phases
+
+
+def _paged(activations: storage.Waiting) -> tuple[Work, Work]:
+    """Writing all activations, where they are on disk, and reading them, unless memory holds them beside everything else."""
+    if activations.place != "disk":
+        return Work(), Work()
+    free = free_memory(torch.device("cpu"))
+    work = Work(disk=activations.size)
+    return work, work if free is None or activations.size > free else Work()
 
 
 def _gradients(spec: RunSpec, decoder: Decoder, forwards: list[BlockForward], sizes: storage.Sizes) -> Work:

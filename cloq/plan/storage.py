@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from cloq.export.folder import SHARD_BYTES
 from cloq.models import Decoder
 from cloq.models.gradients import AT_A_TIME
@@ -13,10 +15,12 @@ from cloq.plan.forward import BlockForward, Part
 from cloq.plan.rounds import kept_bytes
 from cloq.report.record import STORED_ADAPTER_BITS
 from cloq.specs import LayerSpec, QuantSpec, RunSpec
-from cloq.streaming.device import waiting_device
+from cloq.streaming.device import place_to_wait
 from cloq.streaming.fisher import TOKENS
 
 Shape = tuple[int, int]
+
+ACTIVATIONS, GIVEN = "activations", "what blocks were given"
 
 PROCESS = 500e6
 """The Python process with torch and transformers, before any model is there."""
@@ -85,33 +89,50 @@ def followed_back(spec: RunSpec) -> int:
     return spec.calib.seq_len * min(spec.calib.samples, math.ceil(TOKENS / spec.calib.seq_len))
 
 
-def peak_memory(
-    spec: RunSpec, decoder: Decoder, chosen: dict[str, LayerSpec], shapes: dict[str, Shape], forwards: list[BlockForward],
-    sizes: Sizes, spare: float,
-) -> tuple[dict[str, int], dict[str, int]]:  # fmt: skip
-    """In host memory, and on a GPU if there is one: the fullest of a few moments, by what holds the bytes: the way in, a loss being
-    followed back, a block being solved, the result being exported. spare: bytes of what is kept of a block.
+@dataclass(frozen=True)
+class Waiting:
+    """What waits for its forwards: its bytes, and where: `device`, `host` or `disk`; see `cloq.streaming.device`."""
 
-    Pages of the checkpoint that the system keeps because nothing else needs the room are not counted.
-    """
+    size: int
+    place: str
+
+
+def waiting(spec: RunSpec, decoder: Decoder) -> dict[str, Waiting]:
+    """By the name that the plan has for it."""
     calib = spec.calib
     streams = (1 + spec.corrects) * (calib.samples + calib.heldout_samples)
-    activations = 1.0 * streams * calib.seq_len * decoder.bytes_of_a_token
-    entering = {"activations": activations, "embeddings": 4.0 * decoder.outer_parameters(head=False)}
-    following = {
+    activations = streams * calib.seq_len * decoder.bytes_of_a_token
+    found = {ACTIVATIONS: Waiting(activations, place_to_wait(spec, decoder.device, activations))}
+    if spec.follows_back:
+        given = len(decoder.blocks) * followed_back(spec) * decoder.bytes_of_a_token
+        on_disk = place_to_wait(spec, torch.device("cpu"), given) == "disk"
+        found[GIVEN] = Waiting(given, "disk" if on_disk else "host")
+    return found
+
+
+def peak_memory(
+    spec: RunSpec, decoder: Decoder, chosen: dict[str, LayerSpec], shapes: dict[str, Shape], forwards: list[BlockForward],
+    sizes: Sizes, spare: float, waits: dict[str, Waiting],
+) -> tuple[dict[str, int], dict[str, int]]:  # fmt: skip
+    """In host memory, and on a GPU if there is one: the fullest of a few moments, by what holds the bytes: the way in, a loss being
+    followed back, a block being solved, the result being exported. spare: bytes of what is kept of a block. waits: as of `waiting`.
+
+    Pages of files that the system keeps because nothing else needs the room are not counted.
+    """
+    held = {name: float(waited.size) for name, waited in waits.items() if waited.place != "disk"}
+    activations = {name: size for name, size in held.items() if name == ACTIVATIONS}
+    entering = activations | {"embeddings": 4.0 * decoder.outer_parameters(head=False)}
+    following = {name: size for name, size in held.items() if name == GIVEN} | {
         "a block": 4.0 * max(decoder.block_parameters(index) for index in range(len(decoder.blocks))),
-        "what blocks were given": 4.0 * len(decoder.blocks) * followed_back(spec) * decoder.width,
         "embeddings": 4.0 * sizes.outer / sizes.element,
-        "logits": 4 * 4.0 * min(AT_A_TIME, calib.seq_len) * decoder.config.get_text_config().vocab_size,
+        "logits": 4 * 4.0 * min(AT_A_TIME, spec.calib.seq_len) * decoder.config.get_text_config().vocab_size,
     }
-    solving = {"activations": activations} | _solving(spec, decoder, chosen, shapes, forwards, spare)
+    solving = activations | _solving(spec, decoder, chosen, shapes, forwards, spare)
     exporting = {"a shard being written": 2.0 * max(min(sizes.base, SHARD_BYTES), sizes.adapter)}
     moments = (entering, solving, exporting, *([following] if spec.follows_back else []))
     if decoder.device.type == "cpu":
         return {"process": int(PROCESS)} | _fullest(moments), {}
-    host = {"what blocks were given", "a shard being written"}
-    if waiting_device(spec, decoder.device, int(activations)).type == "cpu":
-        host.add("activations")
+    host = {name for name, waited in waits.items() if waited.place == "host"} | {"a shard being written"}
     here = [{name: value for name, value in moment.items() if name in host} for moment in moments]
     there = [{name: value for name, value in moment.items() if name not in host} for moment in moments]
     return {"process": int(PROCESS)} | _fullest(here), _fullest(there)

@@ -16,7 +16,7 @@ QUANTIZER_NAMES = ("gptq", "rtn", "nf4")
 INITIALIZER_NAMES = ("cloq", "zero", "svd", "loftq", "qera", "eora", "pissa")
 SPLIT_NAMES = ("paper", "balanced")
 PROPAGATE = ("adapter", "quantized", "dense")
-ACTIVATIONS = ("auto", "device", "host")
+ACTIVATIONS = ("auto", "device", "host", "disk")
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 QUANTIZER_SETTINGS = {
@@ -186,7 +186,7 @@ class RunSpec(Spec):
         most (see `cloq.streaming.survey`). Layers that share an input, which servers hold as one, get the same width.
     adaptive_rank: the rank is what layers get on average, in parameters of the factors; each gets what lowers the loss the most.
     device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`. batch_tokens: tokens per forward. activations: where they are between forwards, on the
-        device or in host memory; `auto` keeps them on a GPU as far as they leave it room.
+        device, in host memory or in files of the output folder; `auto` takes the first of them that they leave room.
     trust_remote_code: run Python code that comes with the model. Off, and never needed by the families that are tested.
     """
 

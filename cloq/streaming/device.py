@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from cloq.errors import SpecError
+from cloq.models import InHostMemory, OnDisk, Waiting
 from cloq.specs import RunSpec, shown
-from cloq.streaming.memory import where_there_is_room
+from cloq.streaming.memory import has_room
 
 
 def resolve_device(name: str) -> str:
@@ -24,8 +27,18 @@ def resolve_device(name: str) -> str:
     return name
 
 
-def waiting_device(spec: RunSpec, device: torch.device, size: int) -> torch.device:
-    """Where activations of so many bytes are between forwards: as the run asks for, or where there is room."""
-    if spec.activations == "auto":
-        return where_there_is_room(size, device)
-    return torch.device("cpu") if spec.activations == "host" else device
+def place_to_wait(spec: RunSpec, device: torch.device, size: int, processes: int = 1) -> str:
+    """`device`, `host` or `disk`: where activations of so many bytes are between forwards, as the run asks for, or the first with enough
+    room. processes: of the run on this machine."""
+    if spec.activations != "auto":
+        return spec.activations
+    if has_room(size, device, processes):
+        return "device"
+    return "host" if device.type == "cuda" and has_room(size, torch.device("cpu"), processes) else "disk"
+
+
+def waiting_in(place: str, folder: Path) -> Waiting:
+    """folder: for files, where activations wait on disk."""
+    if place == "disk":
+        return OnDisk(folder)
+    return InHostMemory() if place == "host" else Waiting()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cloq.models import Decoder, followed, linear_shape, squared_gradients
 from cloq.specs import LayerSpec, RunSpec
+from cloq.streaming.device import place_to_wait, waiting_in
 from cloq.streaming.distributed import Processes
 from cloq.streaming.store import Store
 
@@ -46,7 +47,10 @@ def squared_gradients_of(
         names = [name for name in decoder.all_linears() if not layers[name].dense]
         mine = sampled(own, processes)
         if mine:
-            found = squared_gradients(decoder, own[[*mine.values()]], spec.batch_tokens, frozenset(names), [*mine])
+            given = len(decoder.blocks) * len(mine) * followed(own.shape[1]) * decoder.bytes_of_a_token
+            place = place_to_wait(spec, torch.device("cpu"), given, processes.here)
+            aside = waiting_in("disk" if place == "disk" else "host", store.folder)
+            found = squared_gradients(decoder, own[[*mine.values()]], spec.batch_tokens, frozenset(names), [*mine], aside)
         else:
             found = {name: torch.zeros(linear_shape(decoder.model.get_submodule(name))[0], device=decoder.device) for name in names}
         processes.add(found.values())

@@ -21,7 +21,7 @@ SPARE = 0.25
 """Share of the memory that is free which a run may fill with what it would otherwise compute again."""
 
 WAITING = 0.4
-"""Share of a GPU's free memory that activations may take; more than that waits for its forwards in host memory."""
+"""Share of a device's free memory that activations may take; more than that waits for its forwards elsewhere."""
 
 _SAID_BY_ALLOCATORS = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory", "MPS backend out of memory")
 
@@ -38,10 +38,23 @@ def peak_resident() -> int:
 
 
 def spare_memory(device: torch.device, processes: int = 1) -> int:
-    """Bytes on the device that this process may fill with what can be computed again: a quarter of what is free; in a container, of what
-    that may still take; of host memory its part, where several processes share the machine. 1 GiB where the system does not say."""
+    """Bytes on the device that this process may fill with what can be computed again: a quarter of what is free; 1 GiB where the system
+    does not say. processes: on this machine."""
+    free = free_memory(device, processes)
+    return (1 << 30) // processes if free is None else int(SPARE * free)
+
+
+def has_room(size: int, device: torch.device, processes: int = 1) -> bool:
+    """Whether activations of so many bytes may wait on the device, and leave enough of it. processes: on this machine."""
+    free = free_memory(device, processes)
+    return free is None or size <= WAITING * free
+
+
+def free_memory(device: torch.device, processes: int = 1) -> int | None:
+    """Bytes that this process may still take on the device: of a GPU's memory all that is free, of the host's, or of what a container may
+    still take of it, its part among so many processes. `None` where the system does not say."""
     if device.type == "cuda":
-        return int(SPARE * torch.cuda.mem_get_info(device)[0])
+        return torch.cuda.mem_get_info(device)[0]
     try:
         said = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         free = 1024 * int(said["MemAvailable"].split()[0])
@@ -49,15 +62,8 @@ def spare_memory(device: torch.device, processes: int = 1) -> int:
         if limit.exists() and (allowed := limit.read_text().strip()) != "max":
             free = min(free, int(allowed) - int(used.read_text()))
     except (OSError, KeyError, ValueError, IndexError):
-        return (1 << 30) // processes
-    return max(0, int(SPARE * free)) // processes
-
-
-def where_there_is_room(size: int, device: torch.device) -> torch.device:
-    """Where activations of so many bytes wait for the next forward: on the device, or in host memory where a GPU would have too little room
-    beside them."""
-    too_large = device.type == "cuda" and size > WAITING * torch.cuda.mem_get_info(device)[0]
-    return torch.device("cpu") if too_large else device
+        return None
+    return max(0, free) // processes
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -25,7 +25,7 @@ from cloq.errors import ModelError, SpecError
 from cloq.models import Batch, Decoder, Forwards, Kind, Kinds, Reference, Room, linear_shape, set_weight
 from cloq.specs import LayerSpec, RunSpec
 from cloq.streaming.capture import groups_of, statistics, top_up_experts
-from cloq.streaming.device import waiting_device
+from cloq.streaming.device import place_to_wait, waiting_in
 from cloq.streaming.distributed import ALONE, Processes, shared_out
 from cloq.streaming.fisher import output_weights, squared_gradients_of
 from cloq.streaming.layers import plan_layers
@@ -66,7 +66,8 @@ def quantize_blocks(
     loop = _Loop(spec, decoder, store, layers, given, processes, _Clock(emit), emit)
 
     def attempt(sequences: int, keeping: bool) -> None:
-        activations = "host" if spec.activations == "auto" and not keeping else spec.activations
+        elsewhere = "host" if decoder.device.type == "cuda" else "disk"
+        activations = elsewhere if spec.activations == "auto" and not keeping else spec.activations
         dataclasses.replace(loop, spec=spec.replace(batch_tokens=sequences * seq_len, activations=activations)).run(own, keeping)
 
     def given_up(sequences: int, what_was_kept: bool) -> None:
@@ -196,7 +197,7 @@ class _Loop:
         """What the first block is given; of several processes some may have no tokens."""
 
         size = (2 if self.spec.corrects else 1) * (tokens.calibration.numel() + tokens.heldout.numel()) * self.decoder.bytes_of_a_token
-        waiting = waiting_device(self.spec, self.decoder.device, size)
+        waiting = waiting_in(place_to_wait(self.spec, self.decoder.device, size, self.processes.here), self.store.folder)
 
         def enter(part: Tensor, first_alone: bool) -> list[Batch]:
             return self.decoder.enter(part, self.spec.batch_tokens, first_alone, waiting) if len(part) else []

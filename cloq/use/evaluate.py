@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from cloq.errors import CalibrationError
-from cloq.models import Batch, Decoder
-from cloq.streaming.memory import where_there_is_room
+from cloq.models import Batch, Decoder, InHostMemory, Waiting
+from cloq.streaming.memory import has_room
 
 SetWeights = Callable[[int, dict[str, nn.Module]], None]
 """Changes the weights of block i, whose linear layers by name are given, before the block runs."""
@@ -78,7 +78,7 @@ def perplexity(
     progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity:  # fmt: skip
     """Perplexity of the model on `tokens (sequences, length)`, with the weights in the checkpoint or as `set_weights` changes them."""
-    waiting = where_there_is_room(tokens.numel() * decoder.bytes_of_a_token, decoder.device)
+    waiting = Waiting() if has_room(tokens.numel() * decoder.bytes_of_a_token, decoder.device) else InHostMemory()
     batches = decoder.enter(tokens, batch_tokens, waiting=waiting)
     for index in range(len(decoder.blocks)):
         decoder.load_block(index)

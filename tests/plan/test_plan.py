@@ -240,3 +240,24 @@ def test_a_mean_that_is_still_to_be_spent_is_planned(decoder):
 
 def _shapes(decoder):
     return [linear_shape(module) for index in range(len(decoder.blocks)) for module in decoder.linears(index).values()]
+
+
+def test_what_waits_on_disk_is_counted_there(decoder):
+    settings = {"effort": "best", "seq_len": 64, "calib_samples": 64}
+    memory, disk = _plan(decoder, **settings), _plan(decoder, **settings, activations="disk")
+    moved = {name: size for name, size in disk.disk.items() if name.endswith("while it runs")}
+    assert moved["activations while it runs"] == 2 * (64 + 32) * 64 * decoder.bytes_of_a_token
+    assert moved["what blocks were given while it runs"] == 3 * 64 * 64 * decoder.bytes_of_a_token
+    assert memory.disk == {name: size for name, size in disk.disk.items() if name not in moved}
+    assert "activations" not in disk.memory and "what blocks were given" not in disk.memory
+    assert sum(disk.memory.values()) < sum(memory.memory.values())
+    assert disk.work["propagate"].disk == 2 * moved["activations while it runs"] and memory.work["propagate"].disk == 0
+    assert disk.work["capture"].disk == 0, "what memory holds beside everything else is not read again"
+
+
+def test_what_memory_does_not_hold_is_read_again_for_every_forward(decoder, monkeypatch):
+    monkeypatch.setattr("cloq.plan.free_memory", lambda device: 1 << 10)
+    planned = _plan(decoder, activations="disk")
+    rounds = 4  # of a block: q, k and v; o; gate and up; down
+    size = planned.disk["activations while it runs"]
+    assert planned.work["capture"].disk == 3 * rounds * size and planned.work["propagate"].disk == 2 * 2 * size
