@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from cloq.errors import ModelError, TaskError
-from cloq.models import Decoder, is_conv1d, is_linear, load_config, load_tokenizer, max_positions, set_weight
+from cloq.models import Decoder, is_conv1d, load_config, load_tokenizer, max_positions, set_weight
 from cloq.models.skeleton import reason
 
 
@@ -57,7 +57,7 @@ def opened(base: Path, adapter: Path | None, device: str, decoded: bool, trust_r
         yield task_model(model, base, dtype, trust)
     elif decoded:
         model, dtype = _plain(base, device, trust)
-        _add_adapter(model, adapter)
+        _add_adapter(model, adapter, base)
         yield task_model(model, base, f"{dtype}, adapter added", trust)
     else:
         model = _packed(base, adapter, device, trust)
@@ -93,29 +93,21 @@ def decoded_model(
         for index in range(len(decoder.blocks)):
             decoder.load_block(index)
         if adapter is not None:
-            _add_adapter(decoder.model, adapter)
+            _add_adapter(decoder.model, adapter, base)
         yield decoder.model
         for index in range(len(decoder.blocks)):
             decoder.drop_block(index)
 
 
-def _add_adapter(model: nn.Module, folder: Path) -> None:
+def _add_adapter(model: nn.Module, folder: Path, base: Path) -> None:
     from cloq.export.peft import AdapterFolder
-    from cloq.use.pairing import fit
+    from cloq.use.pairing import refuse_misfit
 
     adapter = AdapterFolder(folder)
-    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
-    found = fit(adapter, model)
-    if found.strangers:
-        raise ModelError(
-            f"{folder} has factors for {found.strangers[0]}, which is no linear layer of this model; give the adapter of this base"
-        )
-    if found.misshapen:
-        raise ModelError(f"{folder} has factors of other shapes than this model ({found.misshapen[0]}); give the adapter of this base")
-    for name in sorted(adapter.names):
-        weight = linears[name].weight.detach().float()
-        weight = weight.T if is_conv1d(linears[name]) else weight
-        set_weight(linears[name], weight + adapter.delta(name).to(weight.device))
+    for name, module in refuse_misfit(adapter, base, model).modules.items():
+        weight = module.weight.detach().float()
+        weight = weight.T if is_conv1d(module) else weight
+        set_weight(module, weight + adapter.delta(name).to(weight.device))
 
 
 def _plain(folder: Path, device: str, trust_remote_code: bool) -> tuple[nn.Module, str]:

@@ -127,7 +127,7 @@ def refuse_unfit(
         refuse_another_base(adapter, base, out, advice)
     if adapter.config.get("peft_type", "LORA") == "LORA" and not any(adapter.config.get(key) for key in _SHAPED_OTHERWISE):
         model = build_skeleton(load_config(base, trust_remote_code), torch.float32, trust_remote_code)
-        _refuse_misfit(adapter, base, model, names_experts([*adapter.names, *QuantizedFolder(base).names]))
+        refuse_misfit(adapter, base, model, names_experts([*adapter.names, *QuantizedFolder(base).names]))
 
 
 _SHAPED_OTHERWISE = ("target_parameters", "layer_replication", "use_qalora", "use_bdlora")
@@ -157,7 +157,7 @@ def _same_content(one: Path, other: Path) -> bool:
         return False
 
 
-def _refuse_misfit(adapter: AdapterFolder, base: Path, model: nn.Module, experts_apart: bool = True) -> Fit:
+def refuse_misfit(adapter: AdapterFolder, base: Path, model: nn.Module, experts_apart: bool = True) -> Fit:
     """How the adapter lies on the model. Raises `ExportError` where file, settings and model differ. experts_apart: experts are layers of
     their own in the model that PEFT is given, as they are in this one."""
     found = fit(adapter, model)
@@ -185,7 +185,7 @@ def _apart(adapter: AdapterFolder, base: Path) -> str:
 def _fitting(adapter: AdapterFolder, decoder: Decoder) -> dict[str, nn.Module]:
     """The layers that PEFT puts the factors on, in the model's order. Raises `ExportError` where file, settings and model differ, and for
     what a merge cannot do."""
-    found = _refuse_misfit(adapter, decoder.folder, decoder.model)
+    found = refuse_misfit(adapter, decoder.folder, decoder.model)
     for name in found.modules:
         _refuse_tied(decoder, name)
         own = adapter.base_weight(name)

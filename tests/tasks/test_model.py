@@ -97,7 +97,7 @@ def test_an_adapter_that_does_more_is_left_to_peft(tmp_path):
 
 def test_the_adapter_of_another_model_is_refused(run, tmp_path):
     other = save_tiny("gpt2", tmp_path / "other")
-    with pytest.raises(ModelError, match="which is no linear layer of this model"):
+    with pytest.raises(ExportError, match=r"do not belong together: it has factors for .*, which is no linear layer of GPT2LMHeadModel"):
         of(other, run[2], True)
 
 
