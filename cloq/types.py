@@ -221,12 +221,13 @@ class LayerResult:
 
 
 class Quantizer(Protocol):
-    """An algorithm that turns a weight and its input statistics into a quantized weight: a frozen dataclass with one verb."""
+    """An algorithm that turns a weight and its input statistics into a quantized weight: a frozen dataclass with one verb. Without
+    statistics it rounds to the nearest."""
 
-    def quantize(self, weight: Tensor, stats: LayerStats) -> AnyQuantizedWeight: ...
+    def quantize(self, weight: Tensor, stats: LayerStats | None) -> AnyQuantizedWeight: ...
 
 
-Quantize = Callable[[Tensor, LayerStats], AnyQuantizedWeight]
+Quantize = Callable[[Tensor, "LayerStats | None"], AnyQuantizedWeight]
 """A quantizer as the initializers are given it: `Quantizer.quantize`, or a base that is there already, whatever is asked."""
 
 

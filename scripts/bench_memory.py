@@ -27,9 +27,11 @@ INITS = ("zero", "svd", "loftq", "qera", "eora", "cloq")
 def child(args: argparse.Namespace) -> None:
     """One run, or the imports alone; says its peak in bytes in the last line of what it prints."""
     import cloq
-    from cloq.streaming import pipeline  # noqa: F401 - what any run imports
+    from cloq.streaming import pipeline
     from cloq.streaming.memory import peak_resident
 
+    if args.spare is not None:
+        pipeline.spare_memory = lambda *device: args.spare << 20
     if args.base:
         cloq.quantize(
             args.model, out=args.out, bits=args.bits, init=args.init, calib=args.calib, calib_samples=args.samples[0], seq_len=args.seq_len,
@@ -57,6 +59,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, nargs="+", default=[64], help="a table for each")
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--activations", nargs="+", choices=ACTIVATIONS, default=["auto"], help="a table for each")
+    parser.add_argument("--spare", type=int, help="MiB for what would else be computed again; a quarter of what is free if not given")
     parser.add_argument("--bases", nargs="+", choices=list(BASES), default=list(BASES))
     parser.add_argument("--inits", nargs="+", choices=INITS, default=list(INITS))
     parser.add_argument("--work", help="folder for the runs, on a disk: activations that wait on disk take memory where /tmp is memory")

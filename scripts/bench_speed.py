@@ -68,12 +68,12 @@ def clocked_run(spec: RunSpec, out: Path) -> tuple[Clocks, dict[str, float], flo
         (paired, "_add", "drift sums", lambda total, off, rows: Work(products=2.0 * off.numel() * rows.shape[1])),
         (pipeline, "corrected", "correction", lambda weight, *rest: algebra.corrected(weight.shape, False)),
         (pipeline, "corrected_by_heldout", "correction, chosen", lambda weight, *rest: algebra.corrected(weight.shape, True)),
-        (Gptq, "quantize", "GPTQ", lambda self, weight, stats: algebra.gptq(weight.shape) + weight.numel() * searched),
+        (Gptq, "quantize", "codes", lambda self, weight, stats: algebra.gptq(weight.shape) * bool(stats) + weight.numel() * searched),
         (Magr, "reduce", "MagR", lambda self, weight, stats: algebra.magr(weight.shape)),
         (closed, "closed_form", "closed form", lambda error, gram, rank, *rest: algebra.fit(error.shape, "cloq", rank)),
         (closed, "descend", "coordinate descent", lambda quantized, *rest: algebra.descent(quantized.shape)),
         (lowrank, "deflate", "deflation", lambda gram, rows, *rest: algebra.deflation(len(gram), len(rows))),
-        (lowrank, "follow", "following the error", lambda error, gram, vectors: algebra.following(error.shape, vectors.shape[1])),
+        (lowrank, "follow", "following the error", lambda error, gram, vectors, *rest: algebra.following(error.shape, vectors.shape[1])),
         (solve, "_errors", "layer metrics", lambda weight, *rest: algebra.errors(weight.shape, 0, False)),
     ]
     with ExitStack() as stack:

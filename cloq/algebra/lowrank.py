@@ -15,6 +15,7 @@ measured (`_float32_holds`), and where it fails all is done again in float64. An
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -51,6 +52,9 @@ KRYLOV_TOLERANCE = 1e-4
 
 KRYLOV_MAX_BLOCKS = 8
 """The largest Krylov basis, in blocks of rank + oversampling vectors, before it restarts from its best vectors. At least 4."""
+
+SETTLED = 1e-4
+"""Share of what remains that the last step of an iteration from near vectors may have taken off it for these to be the answer."""
 
 GRAM_PANEL = 2048
 """Columns of the Gram matrix that are widened to float64 at a time: a large one is never held twice."""
@@ -236,21 +240,49 @@ def low_rank(error: Tensor, gram: Tensor | None, rank: int) -> tuple[Tensor, Ten
     return B.to(error.dtype), A.to(error.dtype)
 
 
-def follow(error: Tensor, gram: Tensor, vectors: Tensor, steps: int = 2) -> tuple[Tensor, Tensor, float]:
-    """Orthogonal iteration from known vectors towards the top eigenvectors of `M = E G Eᵀ`: `B = orth(M … M V)`, `A = Bᵀ E`, and
-    `‖(E − B A) S‖²`.
+class Followed(NamedTuple):
+    """B: `(out, r)`, orthonormal. A: `(r, in)`, `Bᵀ E`. remaining: `‖(E − B A) S‖²`. gained: what the last step took off it."""
 
-    vectors: `V (out, r)`, of any length; those of an error much like this one. A step is two products with a thin matrix, where the optimum
-    takes a decomposition. What remains is summed from itself, not as a difference of large sums.
+    B: Tensor
+    A: Tensor
+    remaining: float
+    gained: float
+
+    @property
+    def settled(self) -> bool:
+        """Whether these are the top eigenvectors, as far as anyone can tell from what remains."""
+        return 0.0 <= self.remaining < math.inf and self.gained <= SETTLED * self.remaining
+
+
+def follow(error: Tensor, gram: Tensor, vectors: Tensor, steps: int = 2) -> Followed:
+    """Orthogonal iteration from known vectors towards the top eigenvectors of `M = E G Eᵀ`: `B = orth(M … M V)`, `A = Bᵀ E`.
+
+    vectors: `V (out, r)`, of any length; those of an error much like this one. steps: at least 2. Each is two products with a thin matrix,
+    where the optimum takes a decomposition. What remains is summed from itself, not as a difference of large sums.
     """
     error = error if error.dtype == torch.float64 else error.float()
     weighted = _times_gram(error, gram)
-    B = vectors.to(error.dtype)
-    for _ in range(steps):
-        B = torch.linalg.qr(weighted @ (error.T @ B)).Q
-    A = B.T @ error
-    remaining = weighted.sub_(B @ (B.T @ weighted)).mul_(error - B @ A)
-    return B, A, max(float(remaining.sum(dtype=torch.float64)), 0.0)
+    A = vectors.to(error.dtype).T @ error
+    taken = []
+    for step in range(steps):
+        B = torch.linalg.qr(weighted @ A.T).Q
+        A = B.T @ error
+        if step >= steps - 2:
+            image = B.T @ weighted
+            taken.append(float((image * A).sum(dtype=torch.float64)))
+    remaining = weighted.sub_(B @ image).mul_(error - B @ A)
+    return Followed(B, A, max(float(remaining.sum(dtype=torch.float64)), 0.0), taken[1] - taken[0])
+
+
+def as_eigenvectors(B: Tensor, A: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product with B's columns turned within their space, so that `A G Aᵀ` is diagonal, the largest term first: as eigenvectors
+    of `M = E G Eᵀ` where B spans the space of the top ones.
+
+    B: `(out, r)`, orthonormal. A: `(r, in)`, `Bᵀ E`.
+    """
+    rows = _wide(A)
+    rotation = torch.linalg.eigh(symmetric(_times_gram(rows, gram) @ rows.T)).eigenvectors.flip(1)
+    return (_wide(B) @ rotation).to(B.dtype), (rotation.T @ rows).to(A.dtype)
 
 
 def balance(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,10 @@ SHRINKAGE = 1.0
 the codes counts beside the outputs. From 0.3 to 3 there is little difference."""
 
 
+STEPS = 2
+"""Of the factors' after each round; one more after the last, which shows whether they have arrived."""
+
+
 class ClosedForm(NamedTuple):
     """factors: `A (r, in)`, `B (out, r)`, float32. error: `‖(E − B A) S‖²`. total: `‖E S‖²`. spectrum: the r leading
     eigenvalues of `E G Eᵀ`, float64, descending; `total − spectrum.sum() = error`."""
@@ -70,16 +74,20 @@ def closed_form(error: Tensor, gram: Tensor, rank: int, split: str = "paper", ou
     roots = _roots(outputs, error)
     weighted = error if roots is None else roots * error
     vectors, values, total, _ = lowrank.top_eigenvectors(weighted, gram, rank)
-    B, A = vectors, vectors.to(error.dtype).T @ weighted
-    if roots is not None:
-        B = B / roots
+    factors = _split(vectors, vectors.to(error.dtype).T @ weighted, gram, split, roots)
+    remaining = 0.0 if rank == min(error.shape) else max(total - float(values.sum()), 0.0)
+    return ClosedForm(factors, remaining, total, values)
+
+
+def _split(vectors: Tensor, A: Tensor, gram: Tensor, split: str, roots: Tensor | None) -> LoraFactors:
+    """The factors of `D^{-1/2} V A`, `V (out, r)` orthonormal, split as asked. roots: `D^{1/2}`, `None` for the identity."""
+    B = vectors if roots is None else vectors / roots
     if split == "balanced":
         B, A = lowrank.share_steps(B, A, gram)
     elif roots is not None:
         B, triangle = torch.linalg.qr(B)
         A = triangle.to(A.dtype) @ A
-    remaining = 0.0 if rank == min(error.shape) else max(total - float(values.sum()), 0.0)
-    return ClosedForm(LoraFactors(A.float(), B.float()), remaining, total, values)
+    return LoraFactors(A.float(), B.float())
 
 
 def _roots(outputs: Tensor | None, like: Tensor) -> Tensor | None:
@@ -100,10 +108,11 @@ class Cloq:
 
     **A round.** Whatever the codes are, factors with these rows `A` can take away all of the error that lies in the directions of
     `A S`; the best `B` leaves `‖(W − Q) S‖²` without them, which is the norm with the Gram matrix `lowrank.deflate(G, A)`. So the
-    quantizer gets that matrix, deflated to a share `KEPT`, and the target `W − B A`. The factors follow the codes by two orthogonal
-    steps, which serve the next round as well as the optimum would. In the last round integer codes are improved one by one
-    (`quantizers.descend`). The codes with the least error are the result, with the closed form's factors. The base alone gets worse: it is
-    made for its factors.
+    quantizer gets that matrix, deflated to a share `KEPT`, and the target `W − B A`. That is what the last rounds do, a quarter of all
+    (`compensated`); the others round to the nearest, which leads the factors to the same place for a fraction of the time. The factors
+    follow the codes by two orthogonal steps. In the last round integer codes are improved one by one (`quantizers.descend`). The codes with
+    the least error are the result, with the factors that followed them, which are the optimum but for a ten-thousandth; where the last step
+    still gained more, with the closed form's. The base alone gets worse: it is made for its factors.
 
     **Outputs that count more** (`stats.outputs`) are the factors' alone: a quantizer treats every row by itself, so that a weight of the
     row changes none of its codes; the factors choose which rows' errors to undo. Errors are compared with the weights.
@@ -117,33 +126,47 @@ class Cloq:
         lowrank.check_rank(rank, weight.shape)
         weight = weight.detach().float()
         if self.rounds and rank < min(weight.shape):  # at full rank factors undo any codes' error
-            codes = self._chosen_for_factors(weight, stats, quantize, rank)
-        else:
-            codes = quantize(weight, stats)
-        return codes, closed_form(weight - codes.dequantize(), stats.gram, rank, self.split, stats.outputs).factors
+            return self._chosen_for_factors(weight, stats, quantize, rank)
+        codes = quantize(weight, stats)
+        return codes, self._fitted(weight, codes, stats, rank)
 
-    def _chosen_for_factors(self, weight: Tensor, stats: LayerStats, quantize: Quantize, rank: int) -> AnyQuantizedWeight:
-        """The codes of the best round; the split has no part in them."""
+    def _fitted(self, weight: Tensor, codes: AnyQuantizedWeight, stats: LayerStats, rank: int) -> LoraFactors:
+        return closed_form(weight - codes.dequantize(), stats.gram, rank, self.split, stats.outputs).factors
+
+    def _chosen_for_factors(
+        self, weight: Tensor, stats: LayerStats, quantize: Quantize, rank: int
+    ) -> tuple[AnyQuantizedWeight, LoraFactors]:  # fmt: skip
+        """The codes of the best round with their factors; the split has no part in the choice."""
         roots = _roots(stats.outputs, weight)
         B, A = _before_any_codes(weight, stats, rank)
-        best, least = None, math.inf
+        best: tuple[AnyQuantizedWeight, lowrank.Followed] | None = None
         for behind in reversed(range(self.rounds)):
             target = weight - B @ A
-            deflated = LayerStats(lowrank.deflate(stats.gram, A, KEPT), stats.n_tokens)
-            codes = quantize(target, deflated)
-            if not behind and isinstance(codes, QuantizedWeight):
-                codes = descend(codes, target, deflated.gram)
-            left = weight - codes.dequantize()
-            if roots is None:
-                B, A, error = lowrank.follow(left, stats.gram, B)
+            if behind < compensated(self.rounds):
+                deflated = LayerStats(lowrank.deflate(stats.gram, A, KEPT), stats.n_tokens)
+                codes = quantize(target, deflated)
+                if not behind and isinstance(codes, QuantizedWeight):
+                    codes = descend(codes, target, deflated.gram)
             else:
-                B, A, error = lowrank.follow(roots * left, stats.gram, roots * B)
-                B = B / roots
-            if best is None or error < least:
-                best, least = codes, error
-            if not math.isfinite(error):  # a weight near float32's limit: no factors follow from it
+                codes = quantize(target, None)
+            left, near = weight - codes.dequantize(), B
+            if roots is not None:
+                left, near = roots * left, roots * near
+            followed = lowrank.follow(left, stats.gram, near, STEPS if behind else STEPS + 1)
+            B, A = followed.B if roots is None else followed.B / roots, followed.A
+            if best is None or followed.remaining < best[1].remaining:
+                best = codes, followed
+            if not math.isfinite(followed.remaining):  # a weight near float32's limit: no factors follow from it
                 break
-        return best
+        codes, followed = best
+        if not followed.settled:
+            return codes, self._fitted(weight, codes, stats, rank)
+        return codes, _split(*lowrank.as_eigenvectors(followed.B, followed.A, stats.gram), stats.gram, self.split, roots)
+
+
+def compensated(rounds: int) -> int:
+    """Of so many rounds the last ones, in which the quantizer makes up for its errors; in those before them it rounds to the nearest."""
+    return math.ceil(rounds / 4)
 
 
 def _before_any_codes(weight: Tensor, stats: LayerStats, rank: int) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from cloq.algebra import linalg, lowrank
 from cloq.calibration.gram import PANEL
+from cloq.initializers.cloq import compensated
 from cloq.plan.work import Work
 from cloq.quantizers.columns import INNER
 from cloq.quantizers.gptq import BLOCK
@@ -30,22 +31,36 @@ def solve(shape: Shape, quant: QuantSpec, lora: LoraSpec, rank: int, heldout: bo
     """`solve.solve_layer` for a layer `(out, in)`. given: the base is, and only the factors are found."""
     rank = min(rank, *shape)
     quantized = Work() if given else quantize(shape, quant)
-    rounds = lora.rounds_on(given)
-    times = lora.iterations if lora.init == "loftq" else max(1, rounds)
-    work = times * quantized + errors(shape, rank, heldout)
-    if rounds:  # the first factors and the last ones; the codes are improved once
-        return work + 2 * fit(shape, lora.init, rank) + rounds * for_the_factors(shape, rank) + descent(shape)
-    return work + times * fit(shape, lora.init, rank)
+    work = errors(shape, rank, heldout)
+    if rounds := lora.rounds_on(given):  # the first factors; the codes are improved once
+        whole = compensated(rounds)
+        work += fit(shape, lora.init, rank) + rounds * following(shape, rank) + descent(shape)
+        return work + whole * (quantized + deflation(shape[1], rank)) + (rounds - whole) * to_the_nearest(shape, quant)
+    times = lora.iterations if lora.init == "loftq" else 1
+    return work + times * (quantized + fit(shape, lora.init, rank))
 
 
 def quantize(shape: Shape, quant: QuantSpec) -> Work:
+    """With statistics of the inputs."""
     out, columns = shape
     work = magr(shape) if quant.magr else Work()
     if quant.quantizer == "gptq":
         work += gptq(shape)
     if quant.search and quant.quantizer != "nf4":
-        work += Work(cached=float(_SEARCH_BYTES) * out * columns, calls=200.0 * columns / (quant.group_size or columns))
+        work += search(shape, quant)
     return work + Work(streamed=40.0 * out * columns)
+
+
+def to_the_nearest(shape: Shape, quant: QuantSpec) -> Work:
+    """The same without statistics, as all but the last rounds have it: what is GPTQ otherwise has its scales searched then."""
+    out, columns = shape
+    searched = quant.quantizer == "gptq" or (quant.search and quant.quantizer != "nf4")
+    return (search(shape, quant) if searched else Work()) + Work(streamed=40.0 * out * columns)
+
+
+def search(shape: Shape, quant: QuantSpec) -> Work:
+    out, columns = shape
+    return Work(cached=float(_SEARCH_BYTES) * out * columns, calls=200.0 * columns / (quant.group_size or columns))
 
 
 def gptq(shape: Shape) -> Work:
@@ -73,11 +88,6 @@ def fit(shape: Shape, init: str, rank: int) -> Work:
     return roots + top_eigenvectors(shape, rank, whole_gram=init == "cloq", wide=init == "eora")
 
 
-def for_the_factors(shape: Shape, rank: int) -> Work:
-    """What a round of CLoQ adds to the quantizer's work."""
-    return deflation(shape[1], rank) + following(shape, rank)
-
-
 def deflation(columns: int, rank: int) -> Work:
     """`lowrank.deflate`."""
     return Work(products=4.0 * rank * columns**2, streamed=24.0 * columns**2)
@@ -96,7 +106,7 @@ def descent(shape: Shape) -> Work:
 def following(shape: Shape, rank: int) -> Work:
     """`lowrank.follow`: the error times the Gram matrix, and two steps with thin matrices."""
     out, columns = shape
-    return Work(products=2.0 * out * columns**2 + 14.0 * rank * out * columns, streamed=30.0 * out * columns)
+    return Work(products=2.0 * out * columns**2 + 18.0 * rank * out * columns, streamed=30.0 * out * columns)
 
 
 def top_eigenvectors(shape: Shape, rank: int, whole_gram: bool, wide: bool = False) -> Work:

@@ -28,6 +28,7 @@ from torch import Tensor
 from cloq.algebra import linalg
 from cloq.quantizers import grid
 from cloq.quantizers.columns import fit_grid, round_columns
+from cloq.quantizers.rtn import Rtn
 from cloq.types import LayerStats, QuantizedWeight
 
 BLOCK = 128
@@ -58,11 +59,14 @@ class Gptq:
     act_order: bool = False
     static_groups: bool = False
 
-    def quantize(self, weight: Tensor, stats: LayerStats) -> QuantizedWeight:
+    def quantize(self, weight: Tensor, stats: LayerStats | None) -> QuantizedWeight:
         """`weight (out, in)` of any float dtype, `stats.gram (in, in)`. Inputs whose diagonal is zero get weight 0.
 
-        Raises `ModelError` for values that no grid holds, `ValueError` for a Gram matrix that is not one.
+        Without statistics nothing is pushed anywhere, and what is left is `Rtn`, with scales searched. Raises `ModelError` for values that
+        no grid holds, `ValueError` for a Gram matrix that is not one.
         """
+        if stats is None:
+            return Rtn(self.bits, self.group_size, self.symmetric, search=True).quantize(weight)
         weight = grid.finite(weight, grid.LARGEST_WEIGHT)
         columns = weight.shape[1]
         factor, damping, order, dead = stats.once((Gptq, self.damping, self.act_order), lambda: self._factorize(stats.gram.float()))

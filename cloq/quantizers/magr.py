@@ -40,9 +40,9 @@ class Magr:
     alpha: float = 1e-4
     iterations: int = 32
 
-    def quantize(self, weight: Tensor, stats: LayerStats) -> AnyQuantizedWeight:
-        """Quantizes the reduced weight with the same statistics."""
-        return self.then.quantize(self.reduce(weight, stats), stats)
+    def quantize(self, weight: Tensor, stats: LayerStats | None) -> AnyQuantizedWeight:
+        """Quantizes the reduced weight with the same statistics; without any, the weight itself."""
+        return self.then.quantize(weight if stats is None else self.reduce(weight, stats), stats)
 
     def reduce(self, weight: Tensor, stats: LayerStats) -> Tensor:
         """The weight of smaller magnitude, `(out, in)` float32. Unchanged where the Gram matrix is zero."""

@@ -97,7 +97,7 @@ class LoraSpec(Spec):
     init: str = "cloq"
     rank: int = 64
     split: str = "balanced"
-    rounds: int = 2
+    rounds: int = 3
     iterations: int = 5
 
     def __post_init__(self):

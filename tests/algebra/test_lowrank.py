@@ -166,7 +166,8 @@ def test_following_leads_to_the_optimum(kind, shape):
     p = problem(kind, shape)
     total, vectors, last = output_error(p.weight, p.gram), torch.randn(shape[0], 6, generator=torch.Generator().manual_seed(1)), None
     for _ in range(30):
-        vectors, A, remaining = lowrank.follow(p.weight, p.gram, vectors)
+        vectors, A, remaining, gained = lowrank.follow(p.weight, p.gram, vectors)
+        assert gained >= -2e-6 * total
         assert remaining == pytest.approx(output_error(p.weight - vectors @ A, p.gram), rel=1e-3, abs=2e-6 * total)
         assert last is None or remaining <= last * 1.001 + 2e-6 * total
         last = remaining

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from cloq import initializers
 from cloq.algebra import lowrank
-from cloq.initializers import Cloq, Eora, Loftq, Pissa, Qera, Svd, Zero, closed_form
+from cloq.initializers import SPLITS, Cloq, Eora, Loftq, Pissa, Qera, Svd, Zero, closed_form
 from cloq.initializers.cloq import KEPT, SHRINKAGE, size_left
 from cloq.quantizers import Gptq, Nf4, Rtn
 from cloq.types import LoraFactors
@@ -203,8 +204,8 @@ def test_rounds_at_full_rank_stop_where_no_error_is_left():
 
 
 def test_a_round_quantizes_for_what_the_factors_will_undo():
-    """The quantizer is asked for the weight without the factors, in the norm without their directions; the first factors are made of the
-    weight, and those of a round of what its codes leave."""
+    """The quantizer is asked for the weight without the factors, first to the nearest and at last in the norm without their directions; the
+    first factors are made of the weight, and those of a round of what its codes leave."""
     p = problem("power law", SHAPES["tall"])
     asked = []
 
@@ -217,10 +218,48 @@ def test_a_round_quantizes_for_what_the_factors_will_undo():
     factors = closed_form(p.weight, shrunk, 8).factors
     left = p.weight - Rtn(2, 32).quantize(p.weight - factors.delta()).dequantize()
     following = LoraFactors(*reversed(lowrank.follow(left, p.gram, factors.B)[:2]))
-    for (target, stats), known in zip(asked, (factors, following), strict=True):
-        torch.testing.assert_close(target, p.weight - known.delta())
-        torch.testing.assert_close(stats.gram, lowrank.deflate(p.gram, known.A, KEPT))
-        assert stats.n_tokens == p.stats.n_tokens
+    (first, to_the_nearest), (last, stats) = asked
+    assert to_the_nearest is None
+    torch.testing.assert_close(first, p.weight - factors.delta())
+    torch.testing.assert_close(last, p.weight - following.delta())
+    torch.testing.assert_close(stats.gram, lowrank.deflate(p.gram, following.A, KEPT))
+    assert stats.n_tokens == p.stats.n_tokens
+
+
+@pytest.mark.parametrize(("rounds", "last"), [(1, 1), (2, 1), (3, 1), (4, 1), (5, 2), (16, 4)])
+def test_the_last_quarter_of_the_rounds_makes_up_for_its_errors(rounds, last):
+    p = problem("power law", SHAPES["tall"])
+    rounded = []
+    Cloq(rounds=rounds).initialize(p.weight, p.stats, lambda w, stats: rounded.append(stats is None) or Rtn(2, 32).quantize(w), 8)
+    assert rounded == [True] * (rounds - last) + [False] * last
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("outputs", (False, True))
+def test_factors_that_follow_are_the_closed_forms(kind, split, outputs):
+    """Product, error and split, whether the last step shows that they have arrived or the closed form is asked after all."""
+    for shape in SHAPES.values():
+        p = problem(kind, shape)
+        stats = p.stats.for_outputs(0.1 + torch.rand(shape[0], generator=torch.Generator().manual_seed(1))) if outputs else p.stats
+        roots = stats.outputs.sqrt()[:, None] if outputs else 1.0
+        quantized, found = Cloq(split, 3).initialize(p.weight, stats, Gptq(3, 32).quantize, 6)
+        error = p.weight - quantized.dequantize()
+        best = closed_form(error, p.gram, 6, split, stats.outputs)
+        total = output_error(roots * p.weight, p.gram)
+        assert output_error(roots * (error - found.delta()), p.gram) <= best.error * 1.001 + 1e-6 * total
+        held = best.spectrum > 1e-6 * best.spectrum[0]  # terms that the inputs do not reach are any
+        for own, expected in ((found.A.norm(dim=1), best.factors.A.norm(dim=1)), (found.B.norm(dim=0), best.factors.B.norm(dim=0))):
+            torch.testing.assert_close(own[held], expected[held], rtol=0.05, atol=0.05 * float(expected.max()))
+
+
+def test_mostly_the_closed_form_is_not_asked_again(monkeypatch):
+    calls = []
+    whole = initializers.cloq.closed_form
+    monkeypatch.setattr(initializers.cloq, "closed_form", lambda *args, **kwargs: calls.append(1) or whole(*args, **kwargs))
+    p = problem("power law", SHAPES["tall"])
+    Cloq(rounds=3).initialize(p.weight, p.stats, Gptq(2, 32).quantize, 8)
+    assert len(calls) == 1, "of the first factors"
 
 
 def test_codes_of_the_best_round_are_kept():

@@ -1,5 +1,7 @@
 """Formulas against torch's own count of the matrix products that the routines really run, and against their limits."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -85,9 +87,11 @@ def test_settings_change_the_work_as_they_should():
     assert solve(given=True).products < solve().products
     rounds = [solve(lora=LoraSpec(init="loftq", iterations=n)).seconds(machine) for n in (1, 2, 3)]
     assert rounds[2] - rounds[1] == pytest.approx(rounds[1] - rounds[0])
-    assert solve(lora=LoraSpec(rounds=2)).seconds(machine) > 2 * plain - algebra.errors(shape, 16, True).seconds(machine)
-    chosen = [solve(lora=LoraSpec(rounds=n)).seconds(machine) for n in (1, 2, 3)]
-    assert chosen[2] - chosen[1] == pytest.approx(chosen[1] - chosen[0]) and chosen[2] > chosen[1]
+    chosen = [solve(lora=LoraSpec(rounds=n)).seconds(machine) for n in range(1, 6)]
+    added = [after - before for before, after in itertools.pairwise(chosen)]
+    assert chosen[0] > plain and added[0] == pytest.approx(added[1]) == pytest.approx(added[2]), "rounded to the nearest"
+    quantizing = algebra.quantize(shape, QuantSpec()) + algebra.deflation(192, 16) - algebra.to_the_nearest(shape, QuantSpec())
+    assert added[3] - added[2] == pytest.approx(quantizing.seconds(machine)) and quantizing.seconds(machine) > 0 < added[0]
     assert solve(lora=LoraSpec(rounds=2), given=True) == solve(lora=LoraSpec(rounds=0), given=True)
 
 
