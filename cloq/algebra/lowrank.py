@@ -280,9 +280,9 @@ def as_eigenvectors(B: Tensor, A: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]
 
     B: `(out, r)`, orthonormal. A: `(r, in)`, `Bᵀ E`.
     """
-    rows = _wide(A)
-    rotation = torch.linalg.eigh(symmetric(_times_gram(rows, gram) @ rows.T)).eigenvectors.flip(1)
-    return (_wide(B) @ rotation).to(B.dtype), (rotation.T @ rows).to(A.dtype)
+    core = symmetric(_wide(_times_gram(A, gram)) @ _wide(A).T)
+    rotation = torch.linalg.eigh(core).eigenvectors.flip(1)
+    return (_wide(B) @ rotation).to(B.dtype), (rotation.T @ _wide(A)).to(A.dtype)
 
 
 def balance(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:

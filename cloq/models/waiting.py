@@ -48,7 +48,7 @@ class OnDisk(Waiting):
         kept = instead_of if instead_of is not None and self._holds(instead_of) else None
         if kept is None or (kept.shape, kept.dtype) != (hidden.shape, hidden.dtype):
             kept = self._mapped(hidden)
-        elif kept.data_ptr() != hidden.data_ptr():
+        else:
             kept.copy_(hidden)
         self.rest(kept)
         return kept

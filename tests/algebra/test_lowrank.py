@@ -174,6 +174,33 @@ def test_following_leads_to_the_optimum(kind, shape):
     assert last <= 1.1 * optimum(p.weight, p.gram, 6) + 1e-5 * total
 
 
+@pytest.mark.parametrize("kind", ["well conditioned", "power law"])
+def test_following_says_when_it_has_arrived(kind):
+    """From anywhere the last step still gains, by as much as it says; from the optimum nothing."""
+    p = problem(kind, SHAPES["tall"])
+    start = torch.randn(len(p.weight), 6, generator=torch.Generator().manual_seed(1))
+    first, second = lowrank.follow(p.weight, p.gram, start, 2), lowrank.follow(p.weight, p.gram, start, 3)
+    assert not first.settled and not second.settled
+    assert second.gained == pytest.approx(first.remaining - second.remaining, rel=1e-2)
+    best = lowrank.top_eigenvectors(p.weight, p.gram, 6).vectors
+    assert lowrank.follow(p.weight, p.gram, best).settled
+    assert not lowrank.Followed(best, best, float("nan"), 0.0).settled and not lowrank.Followed(best, best, float("inf"), 0.0).settled
+
+
+@pytest.mark.parametrize("kind", ["well conditioned", "power law", "outlier channel"])
+def test_a_space_turned_into_eigenvectors_is_the_same_product(kind):
+    p = problem(kind, SHAPES["tall"])
+    vectors = lowrank.top_eigenvectors(p.weight, p.gram, 6).vectors.float()
+    turned = vectors @ torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(1))).Q
+    B, A = lowrank.as_eigenvectors(turned, turned.T @ p.weight, p.gram)
+    torch.testing.assert_close(B @ A, vectors @ (vectors.T @ p.weight), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(B.T @ B, torch.eye(6), atol=1e-5, rtol=0)
+    core = A.double() @ p.gram.double() @ A.double().T
+    sizes = core.diagonal()
+    assert torch.equal(sizes, sizes.sort(descending=True).values)
+    assert float((core - torch.diag(sizes)).abs().max()) < 1e-4 * float(sizes[0])
+
+
 @given(st.integers(1, 9), st.integers(1, 12), st.integers(1, 7), st.integers(0, 99))
 @settings(max_examples=40, deadline=None)
 def test_balance_keeps_the_product_and_shares_the_singular_values(out, columns, rank, seed):
