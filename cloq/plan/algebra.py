@@ -42,25 +42,23 @@ def solve(shape: Shape, quant: QuantSpec, lora: LoraSpec, rank: int, heldout: bo
 
 def quantize(shape: Shape, quant: QuantSpec) -> Work:
     """With statistics of the inputs."""
-    out, columns = shape
     work = magr(shape) if quant.magr else Work()
     if quant.quantizer == "gptq":
         work += gptq(shape)
-    if quant.search and quant.quantizer != "nf4":
-        work += search(shape, quant)
-    return work + Work(streamed=40.0 * out * columns)
+    return work + _rounded(shape, quant, quant.search)
 
 
 def to_the_nearest(shape: Shape, quant: QuantSpec) -> Work:
     """The same without statistics, as all but the last rounds have it: what is GPTQ otherwise has its scales searched then."""
-    out, columns = shape
-    searched = quant.quantizer == "gptq" or (quant.search and quant.quantizer != "nf4")
-    return (search(shape, quant) if searched else Work()) + Work(streamed=40.0 * out * columns)
+    return _rounded(shape, quant, quant.search or quant.quantizer == "gptq")
 
 
-def search(shape: Shape, quant: QuantSpec) -> Work:
+def _rounded(shape: Shape, quant: QuantSpec, search: bool) -> Work:
     out, columns = shape
-    return Work(cached=float(_SEARCH_BYTES) * out * columns, calls=200.0 * columns / (quant.group_size or columns))
+    work = Work(streamed=40.0 * out * columns)
+    if search and quant.quantizer != "nf4":
+        work += Work(cached=float(_SEARCH_BYTES) * out * columns, calls=200.0 * columns / (quant.group_size or columns))
+    return work
 
 
 def gptq(shape: Shape) -> Work:

@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from cloq.export.folder import SHARD_BYTES
 from cloq.models import Decoder
 from cloq.models.gradients import AT_A_TIME
@@ -15,7 +13,7 @@ from cloq.plan.forward import BlockForward, Part
 from cloq.plan.rounds import kept_bytes
 from cloq.report.record import STORED_ADAPTER_BITS
 from cloq.specs import LayerSpec, QuantSpec, RunSpec
-from cloq.streaming.device import place_to_wait
+from cloq.streaming.device import place_aside, place_to_wait
 from cloq.streaming.fisher import TOKENS
 
 Shape = tuple[int, int]
@@ -105,8 +103,7 @@ def waiting(spec: RunSpec, decoder: Decoder) -> dict[str, Waiting]:
     found = {ACTIVATIONS: Waiting(activations, place_to_wait(spec, decoder.device, activations))}
     if spec.follows_back:
         given = len(decoder.blocks) * followed_back(spec) * decoder.bytes_of_a_token
-        on_disk = place_to_wait(spec, torch.device("cpu"), given) == "disk"
-        found[GIVEN] = Waiting(given, "disk" if on_disk else "host")
+        found[GIVEN] = Waiting(given, place_aside(spec, given))
     return found
 
 

@@ -34,7 +34,19 @@ def place_to_wait(spec: RunSpec, device: torch.device, size: int, processes: int
         return spec.activations
     if has_room(size, device, processes):
         return "device"
-    return "host" if device.type == "cuda" and has_room(size, torch.device("cpu"), processes) else "disk"
+    return place_aside(spec, size, processes) if elsewhere(device) == "host" else "disk"
+
+
+def place_aside(spec: RunSpec, size: int, processes: int = 1) -> str:
+    """`host` or `disk`: the same of what never waits on a GPU."""
+    if spec.activations != "auto":
+        return "disk" if spec.activations == "disk" else "host"
+    return "host" if has_room(size, torch.device("cpu"), processes) else "disk"
+
+
+def elsewhere(device: torch.device) -> str:
+    """The next place to wait, for what the device has too little memory for."""
+    return "host" if device.type == "cuda" else "disk"
 
 
 def waiting_in(place: str, folder: Path) -> Waiting:

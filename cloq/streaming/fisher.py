@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cloq.models import Decoder, followed, linear_shape, squared_gradients
 from cloq.specs import LayerSpec, RunSpec
-from cloq.streaming.device import place_to_wait, waiting_in
+from cloq.streaming.device import place_aside, waiting_in
 from cloq.streaming.distributed import Processes
 from cloq.streaming.store import Store
 
@@ -48,8 +48,7 @@ def squared_gradients_of(
         mine = sampled(own, processes)
         if mine:
             given = len(decoder.blocks) * len(mine) * followed(own.shape[1]) * decoder.bytes_of_a_token
-            place = place_to_wait(spec, torch.device("cpu"), given, processes.here)
-            aside = waiting_in("disk" if place == "disk" else "host", store.folder)
+            aside = waiting_in(place_aside(spec, given, processes.here), store.folder)
             found = squared_gradients(decoder, own[[*mine.values()]], spec.batch_tokens, frozenset(names), [*mine], aside)
         else:
             found = {name: torch.zeros(linear_shape(decoder.model.get_submodule(name))[0], device=decoder.device) for name in names}

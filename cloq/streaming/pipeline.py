@@ -25,7 +25,7 @@ from cloq.errors import ModelError, SpecError
 from cloq.models import Batch, Decoder, Forwards, Kind, Kinds, Reference, Room, linear_shape, set_weight
 from cloq.specs import LayerSpec, RunSpec
 from cloq.streaming.capture import groups_of, statistics, top_up_experts
-from cloq.streaming.device import place_to_wait, waiting_in
+from cloq.streaming.device import elsewhere, place_to_wait, waiting_in
 from cloq.streaming.distributed import ALONE, Processes, shared_out
 from cloq.streaming.fisher import output_weights, squared_gradients_of
 from cloq.streaming.layers import plan_layers
@@ -66,8 +66,7 @@ def quantize_blocks(
     loop = _Loop(spec, decoder, store, layers, given, processes, _Clock(emit), emit)
 
     def attempt(sequences: int, keeping: bool) -> None:
-        elsewhere = "host" if decoder.device.type == "cuda" else "disk"
-        activations = elsewhere if spec.activations == "auto" and not keeping else spec.activations
+        activations = elsewhere(decoder.device) if spec.activations == "auto" and not keeping else spec.activations
         dataclasses.replace(loop, spec=spec.replace(batch_tokens=sequences * seq_len, activations=activations)).run(own, keeping)
 
     def given_up(sequences: int, what_was_kept: bool) -> None:
