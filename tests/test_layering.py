@@ -25,7 +25,7 @@ LAYERS = (
     {"initializers"},
     {"calibration"},
     {"models"},
-    {"streaming.budget", "streaming.checksum", "streaming.solve"},
+    {"streaming.budget", "streaming.cgroups", "streaming.checksum", "streaming.solve"},
     {"streaming.store"},
     {"streaming.memory"},
     {"streaming.device"},

@@ -134,6 +134,8 @@ def plan(spec: RunSpec, decoder: Decoder, machine: Machine | None = None, spare:
     sizes = storage.Sizes.of(spec, decoder, chosen, shapes)
     waits = storage.waiting(spec, decoder)
     memory, device_memory = storage.peak_memory(spec, decoder, chosen, shapes, forwards, sizes, spare, waits)
+    notes += _short_of(memory, torch.device("cpu"))
+    notes += _short_of(device_memory, decoder.device) if device_memory else []
     return Plan(
         model=spec.model,
         device=str(decoder.device),
@@ -159,6 +161,20 @@ def _clipped(chosen: dict[str, LayerSpec], shapes: dict[str, storage.Shape]) -> 
     clipped = [name for name, layer in chosen.items() if layer.rank > min(shapes[name])]
     most = f"; {clipped[0]} allows {min(shapes[clipped[0]])}" if clipped else ""
     return [f"the rank will be clipped in {wording.plural(len(clipped), 'layer')}{most}"] if clipped else []
+
+
+def _short_of(memory: dict[str, int], device: torch.device) -> list[str]:
+    """A note where less is free than a run needs beside the process, which this one has already."""
+    needed, free = sum(memory.values()) - memory.get("process", 0), free_memory(device)
+    if free is None or needed <= free:
+        return []
+    help = "fewer --calib-samples or a smaller --seq-len"
+    if storage.ACTIVATIONS in memory:
+        help = f"--activations {'disk' if device.type == 'cpu' else 'host'}, {help}"
+    return [
+        f"beside the process this takes about {rough(needed)} on {device}, where {rough(free)} are free: the run would be ended, or"
+        f" would go on in smaller batches; less memory is needed with {help}"
+    ]
 
 
 def _phases(

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from cloq.errors import RunError
+from cloq.streaming.cgroups import memory_left
 
 SPARE = 0.25
 """Share of the memory that is free which a run may fill with what it would otherwise compute again."""
@@ -51,19 +52,18 @@ def has_room(size: int, device: torch.device, processes: int = 1) -> bool:
 
 
 def free_memory(device: torch.device, processes: int = 1) -> int | None:
-    """Bytes that this process may still take on the device: of a GPU's memory all that is free, of the host's, or of what a container may
-    still take of it, its part among so many processes. `None` where the system does not say."""
+    """Bytes that this process may still take on the device: of a GPU's memory all that is free, of the host's, or of what a container or
+    batch system lets it take of that, its part among so many processes. `None` where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
         said = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         free = 1024 * int(said["MemAvailable"].split()[0])
-        limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-        if limit.exists() and (allowed := limit.read_text().strip()) != "max":
-            free = min(free, int(allowed) - int(used.read_text()))
     except (OSError, KeyError, ValueError, IndexError):
         return None
-    return max(0, free) // processes
+    allowed = memory_left()
+    free = free if allowed is None else min(free, allowed)
+    return free // processes
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -184,6 +184,20 @@ def test_clipped_ranks_and_sampled_text_are_said(decoder):
     assert "the rank will be clipped in 6 layers; model.layers.0.self_attn.k_proj allows 32" in notes and "comes on top" in notes
 
 
+def test_memory_that_is_not_there_is_said_with_what_helps(decoder, monkeypatch):
+    needed = sum(value for name, value in _plan(decoder, activations="host").memory.items() if name != "process")
+    monkeypatch.setattr("cloq.plan.free_memory", lambda device: needed)
+    assert not _plan(decoder, activations="host").notes
+    monkeypatch.setattr("cloq.plan.free_memory", lambda device: needed - 1)
+    [note] = _plan(decoder, activations="host").notes
+    assert f"{rough(needed)} on cpu, where {rough(needed - 1)} are free" in note and "with --activations disk, fewer" in note
+    monkeypatch.setattr("cloq.plan.free_memory", lambda device: 0)
+    [note] = _plan(decoder, activations="disk").notes
+    assert "where 0 B are free" in note and "needed with fewer --calib-samples" in note
+    monkeypatch.setattr("cloq.plan.free_memory", lambda device: None)
+    assert not _plan(decoder, activations="host").notes
+
+
 def test_patterns_that_match_nothing_are_refused(decoder):
     with pytest.raises(SpecError, match="matches no linear layer"):
         _plan(decoder, only="nothing_like_this")
