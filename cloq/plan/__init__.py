@@ -168,12 +168,12 @@ def _short_of(memory: dict[str, int], device: torch.device) -> list[str]:
     needed, free = sum(memory.values()) - memory.get("process", 0), free_memory(device)
     if free is None or needed <= free:
         return []
-    help = "fewer --calib-samples or a smaller --seq-len"
+    instead = "fewer --calib-samples or a smaller --seq-len"
     if storage.ACTIVATIONS in memory:
-        help = f"--activations {'disk' if device.type == 'cpu' else 'host'}, {help}"
+        instead = f"--activations {'disk' if device.type == 'cpu' else 'host'}, {instead}"
     return [
         f"beside the process this takes about {rough(needed)} on {device}, where {rough(free)} are free: the run would be ended, or"
-        f" would go on in smaller batches; less memory is needed with {help}"
+        f" would go on in smaller batches; less memory is needed with {instead}"
     ]
 
 
