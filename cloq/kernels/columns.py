@@ -90,9 +90,28 @@ def _descend(
 
 
 @triton.jit
+def _storable(scale):
+    """Rounded to float16, never to 0 or Inf; 1 for zero."""
+    stored = tl.minimum(tl.maximum(tl.abs(scale), _SMALLEST), _LARGEST).to(tl.float16).to(tl.float32)
+    return tl.where(scale == 0.0, 1.0, tl.where(scale < 0.0, -stored, stored))
+
+
+@triton.jit
+def _not_underflowed(scale, low, high):
+    return tl.where((scale == 0.0) & (high > low), _SMALLEST, scale)
+
+
+@triton.jit
+def _error(tile, weights, scale, zero, levels):
+    """Squared rounding error of each row, weighted."""
+    off = tile - _nearest(tile, scale[None, :], -zero[None, :], levels - zero[None, :]) * scale[None, :]
+    return tl.sum(weights[:, None] * off * off, axis=0)
+
+
+@triton.jit
 def _fit(
     values, importance, shrinks, scales, zeros, levels, tries, columns, rows,
-    SYMMETRIC: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    SEARCH: tl.constexpr, SYMMETRIC: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
@@ -102,27 +121,36 @@ def _fit(
     low, high = tl.minimum(tl.min(tile, axis=0), 0.0), tl.maximum(tl.max(tile, axis=0), 0.0)
     half = (levels + 1) * 0.5
     if SYMMETRIC:
-        as_is = tl.maximum(tl.div_rn(-low, half), tl.div_rn(high, half - 1))
-        swapped = tl.maximum(tl.div_rn(high, half), tl.div_rn(-low, half - 1))
-        widest = tl.where(as_is <= swapped, as_is, -swapped)
+        one = _not_underflowed(tl.maximum(tl.div_rn(-low, half), tl.div_rn(high, half - 1)), low, high)
+        other = -_not_underflowed(tl.maximum(tl.div_rn(high, half), tl.div_rn(-low, half - 1)), low, high)
+        below = half + tl.zeros([ROWS], tl.float32)
+        above = below
     else:
-        widest = tl.div_rn(high - low, levels)
-    widest = tl.where((widest == 0.0) & (high > low), _SMALLEST, widest)
-    least = tl.full([ROWS], float("inf"), tl.float32)
-    best_scale, best_zero = tl.full([ROWS], 1.0, tl.float32), tl.full([ROWS], 0.0, tl.float32)
-    for i in range(tries):
-        shrink = tl.load(shrinks + i)
-        asked = widest * shrink
-        stored = tl.minimum(tl.maximum(tl.abs(asked), _SMALLEST), _LARGEST).to(tl.float16).to(tl.float32)
-        scale = tl.where(asked == 0.0, 1.0, tl.where(asked < 0.0, -stored, stored))
-        zero = half + tl.zeros([ROWS], tl.float32) if SYMMETRIC else _nearest(-low * shrink, scale, 0.0, levels)
-        off = tile - _nearest(tile, scale[None, :], -zero[None, :], levels - zero[None, :]) * scale[None, :]
-        error = tl.sum(weights[:, None] * off * off, axis=0)
-        better = error < least  # the first of equal ones: the widest range
-        least = tl.where(better, error, least)
-        best_scale, best_zero = tl.where(better, scale, best_scale), tl.where(better, zero, best_zero)
-    tl.store(scales + row, best_scale, mask=here)
-    tl.store(zeros + row, best_zero, mask=here)
+        one = _not_underflowed(tl.div_rn(high - low, levels), low, high)
+        other = one
+        below = tl.minimum(tl.maximum(tl.floor(tl.div_rn(-low, _storable(one))), 0.0), levels - 1)
+        above = below + 1
+    if SEARCH:
+        least = tl.full([ROWS], float("inf"), tl.float32)
+        scale, zero = tl.full([ROWS], 1.0, tl.float32), tl.full([ROWS], 0.0, tl.float32)
+        for i in range(2 * tries):  # of equal ones the first is kept, which has the widest range
+            shrink, first = tl.load(shrinks + i // 2), i % 2 == 0
+            tried, at = _storable(shrink * tl.where(first, one, other)), tl.where(first, below, above)
+            error = _error(tile, weights, tried, at, levels)
+            better = error < least
+            least = tl.where(better, error, least)
+            scale, zero = tl.where(better, tried, scale), tl.where(better, at, zero)
+        steps = _nearest(tile, scale[None, :], -zero[None, :], levels - zero[None, :])
+        squares, products = tl.sum(weights[:, None] * steps * steps, axis=0), tl.sum(weights[:, None] * steps * tile, axis=0)
+        fitted = _storable(tl.where(squares > 0.0, tl.div_rn(products, squares), scale))
+        scale = tl.where(_error(tile, weights, fitted, zero, levels) < least, fitted, scale)
+    elif SYMMETRIC:
+        scale, zero = _storable(tl.where(one <= -other, one, other)), below
+    else:
+        scale = _storable(one)
+        zero = _nearest(-low, scale, 0.0, levels)
+    tl.store(scales + row, scale, mask=here)
+    tl.store(zeros + row, zero, mask=here)
 
 
 Grids = tuple[Tensor, Tensor, Tensor]
@@ -146,9 +174,12 @@ def _or_any(groups: Tensor | None, other: Tensor) -> Tensor:
     return other if groups is None else groups
 
 
-def fit_grid(values: Tensor, importance: Tensor, shrinks: Tensor, levels: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+def fit_grid(values: Tensor, importance: Tensor, shrinks: Tensor | None, levels: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """shrinks: of the search, `None` for none."""
     scale, zero = torch.empty_like(values[0]), torch.empty_like(values[0])
-    _launch(_fit, values, importance, shrinks, scale, zero, float(levels), len(shrinks), SYMMETRIC=symmetric)
+    tries = 0 if shrinks is None else len(shrinks)
+    ranges = importance if shrinks is None else shrinks  # of no use without a search
+    _launch(_fit, values, importance, ranges, scale, zero, float(levels), tries, SEARCH=tries > 0, SYMMETRIC=symmetric)
     return scale, zero
 
 

@@ -12,6 +12,7 @@ from cloq.initializers.cloq import compensated
 from cloq.plan.work import Work
 from cloq.quantizers.columns import INNER
 from cloq.quantizers.gptq import BLOCK
+from cloq.quantizers.grid import SHRINKS
 from cloq.quantizers.magr import Magr
 from cloq.specs import LoraSpec, QuantSpec
 
@@ -21,7 +22,7 @@ _CALLS_PER_COLUMN = 12
 _CHOLESKY = 0.7  # n³: the factorization needs a third, at half the speed of a product
 _EIGEN = 9.0  # n³
 _QR = 4.0  # out · in²: the triangle and the basis need 4, minus what the smaller square saves
-_SEARCH_BYTES = 13 * 60  # for each weight: thirteen ranges, each rounded to and compared
+_SEARCH_BYTES = (2 * len(SHRINKS) + 2) * 60  # for each weight: every grid rounded to and compared, and the last one fitted
 _PROX_BYTES = 1300  # for each weight and step: some six rounds of Newton's iteration
 _KRYLOV_BLOCKS = 6
 _TRIED = 3.5  # dampings of a correction

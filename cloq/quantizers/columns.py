@@ -96,8 +96,8 @@ def _fit_grid(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     if kernels is None or len(values) > MOST_COLUMNS:
         return fit(values.T, bits, symmetric, search, importance)
-    shrinks = _shrinks(values.device)[: None if search else 1]
     importance = torch.ones_like(values[:, 0]) if importance is None else importance
+    shrinks = _shrinks(values.device) if search else None
     scale, zero = kernels.fit_grid(values.contiguous(), importance.contiguous(), shrinks, 2**bits - 1, symmetric)
     return scale, zero.to(torch.uint8)
 

@@ -17,7 +17,7 @@ from cloq.errors import ModelError
 SMALLEST_SCALE = 2.0**-24
 """The smallest float16 above 0. Scales below 2^-14 keep fewer digits, but codes are chosen for the rounded scale."""
 
-SHRINKS = tuple(1.0 - 0.05 * step for step in range(13))
+SHRINKS = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)
 """Shares of the range that the search tries."""
 
 LARGEST_WEIGHT = 65504.0
@@ -46,31 +46,69 @@ def fit(values: Tensor, bits: int, symmetric: bool, search: bool, importance: Te
     asymmetric: min-max, the range widened to contain 0.
     symmetric: zero point `2**(bits-1)`; all `2**bits` levels are used, and the side with the larger magnitude gets the extra
         level by the sign of the scale. (At 2 bits the levels are −2…1; dropping one costs points.)
-    search: try shrunken ranges as well and keep, per row, the scale with the least squared rounding error, the n values weighted by
-        `importance (n,)` if that is given.
+    search: of shrunken ranges, each with the zero points on either side of where the range has its zero (symmetric: with either sign),
+        keep per row the grid with the least squared rounding error, the n values weighted by `importance (n,)` if that is given; then
+        fit the scale to the codes by least squares, and keep it where it helps.
 
     Any float32 values give a finite grid: scales beyond float16 are cut to its limits, and codes to the grid's ends.
     """
-    levels = 2**bits - 1
     low, high = values.amin(1).clamp_max(0), values.amax(1).clamp_min(0)
-    if symmetric:
-        half = 2 ** (bits - 1)
-        zero = torch.full_like(low, half)
-        # the negative side of the grid has `half` steps, the positive one `half - 1`: a negative scale swaps them
-        as_is = torch.maximum(-low / half, high / (half - 1))
-        swapped = torch.maximum(high / half, -low / (half - 1))
-        scale = torch.where(as_is <= swapped, as_is, -swapped)
-    else:
-        scale = (high - low) / levels
-        zero = None
-    scale = torch.where((scale == 0) & (high > low), SMALLEST_SCALE, scale)  # a range so small that the division underflowed
-    shrinks = torch.tensor(SHRINKS if search else SHRINKS[:1], device=values.device)[:, None]
-    scales = _storable(scale * shrinks)
-    zeros = zero.expand_as(scales) if symmetric else (-low * shrinks / scales).round().clamp_(0, levels)
     if not search:
-        return scales[0], zeros[0].to(torch.uint8)
-    best = _rounding_errors(values, scales, zeros, bits, importance).argmin(0, keepdim=True)  # the first of equal ones: the widest range
-    return scales.gather(0, best)[0], zeros.gather(0, best)[0].to(torch.uint8)
+        scale, zero = _of_range(low, high, bits, symmetric)
+        return scale, zero.to(torch.uint8)
+    scales, zeros = _candidates(low, high, bits, symmetric)
+    errors = _rounding_errors(values, scales, zeros, bits, importance)
+    best = errors.argmin(0, keepdim=True)  # the first of equal ones: the widest range
+    scale, zero, error = (found.gather(0, best)[0] for found in (scales, zeros, errors))
+    fitted = _least_squares_scale(values, grid(scale, zero, bits), importance)
+    now = _rounding_errors(values, fitted[None], zero[None], bits, importance)[0]
+    return torch.where(now < error, fitted, scale), zero.to(torch.uint8)
+
+
+def _of_range(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """The grid of the whole range."""
+    if symmetric:
+        as_is, swapped = _symmetric_scales(low, high, bits)
+        return _storable(torch.where(as_is <= swapped, as_is, -swapped)), torch.full_like(low, 2 ** (bits - 1))
+    scale = _storable(_asymmetric_scale(low, high, bits))
+    return scale, (-low / scale).round().clamp_(0, 2**bits - 1)
+
+
+def _candidates(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Scales and zero points of all grids that the search tries, `(grids, rows)`, the widest first; of each range two."""
+    if symmetric:
+        as_is, swapped = _symmetric_scales(low, high, bits)
+        pair, zeros = torch.stack([as_is, -swapped]), torch.full_like(low, 2 ** (bits - 1)).expand(2, -1)
+    else:
+        scale = _asymmetric_scale(low, high, bits)
+        below = (-low / _storable(scale)).floor_().clamp_(0, 2**bits - 2)
+        pair, zeros = scale.expand(2, -1), torch.stack([below, below + 1])
+    shrinks = torch.tensor(SHRINKS, device=low.device)[:, None, None]
+    return _storable(shrinks * pair).flatten(0, 1), zeros.repeat(len(SHRINKS), 1)
+
+
+def _symmetric_scales(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """The negative side of the grid has `half` steps, the positive one `half - 1`: a negative scale swaps them. Both as magnitudes."""
+    half = 2 ** (bits - 1)
+    magnitudes = torch.maximum(-low / half, high / (half - 1)), torch.maximum(high / half, -low / (half - 1))
+    return tuple(_not_underflowed(magnitude, low, high) for magnitude in magnitudes)
+
+
+def _asymmetric_scale(low: Tensor, high: Tensor, bits: int) -> Tensor:
+    return _not_underflowed((high - low) / (2**bits - 1), low, high)
+
+
+def _not_underflowed(scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Not zero for a range so small that the division underflowed."""
+    return torch.where((scale == 0) & (high > low), SMALLEST_SCALE, scale)
+
+
+def _least_squares_scale(values: Tensor, points: Grid, importance: Tensor | None) -> Tensor:
+    """The scale with the least squared error for the steps that the values `(rows, n)` round to; the grid's own where all are zero."""
+    steps = Grid(*(part[:, None] for part in points)).round(values, out=torch.empty_like(values))
+    weighted = steps if importance is None else steps * importance
+    squares = torch.linalg.vecdot(weighted, steps)
+    return _storable(torch.where(squares > 0, torch.linalg.vecdot(weighted, values) / squares, points.scale))
 
 
 def _rounding_errors(values: Tensor, scales: Tensor, zeros: Tensor, bits: int, importance: Tensor | None) -> Tensor:

@@ -15,6 +15,7 @@ SETTINGS = [
     {"bits": 3, "group_size": 32},
     {"bits": 4, "group_size": None},
     {"bits": 2, "group_size": 128, "symmetric": True},
+    {"bits": 3, "group_size": 64, "symmetric": True, "search": True},
     {"bits": 2, "group_size": 32, "act_order": True, "static_groups": True},
 ]
 
@@ -47,9 +48,10 @@ def test_in_the_interpreter():
 
 
 @pytest.mark.skipif(INTERPRETED, reason="nothing is compiled there")
+@pytest.mark.parametrize("search", (False, True))
 @pytest.mark.parametrize("flag", (False, True))
 @pytest.mark.parametrize("capability", (80, 90))
-def test_they_compile_for_gpus_that_are_not_here(capability, flag):
+def test_they_compile_for_gpus_that_are_not_here(capability, flag, search):
     triton = pytest.importorskip("triton", reason="Triton is not installed")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -59,10 +61,11 @@ def test_they_compile_for_gpus_that_are_not_here(capability, flag):
     for kernel in (kernels._round, kernels._descend, kernels._fit):
         fixed = {
             name: value
-            for name, value in {"COLUMNS": 128, "ROWS": kernels.ROWS, "SYMMETRIC": flag, "SHARED": flag}.items()
+            for name, value in {"COLUMNS": 128, "ROWS": kernels.ROWS, "SYMMETRIC": flag, "SHARED": flag, "SEARCH": search}.items()
             if name in kernel.arg_names
         }
-        others = {"groups": "*i64", "columns": "i32", "rows": "i32", "tries": "i32", "levels": "fp32"} | dict.fromkeys(fixed, "constexpr")
+        sizes = dict.fromkeys(("columns", "rows", "tries"), "i32")
+        others = {"groups": "*i64", "levels": "fp32"} | sizes | dict.fromkeys(fixed, "constexpr")
         types = {name: others.get(name, "*fp32") for name in kernel.arg_names}
         source = ASTSource(fn=kernel, signature=types, constexprs=fixed)
         made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": kernels.WARPS})
