@@ -102,9 +102,14 @@ def _not_underflowed(scale, low, high):
 
 
 @triton.jit
+def _steps(tile, scale, zero, levels):
+    return _nearest(tile, scale[None, :], -zero[None, :], levels - zero[None, :])
+
+
+@triton.jit
 def _error(tile, weights, scale, zero, levels):
     """Squared rounding error of each row, weighted."""
-    off = tile - _nearest(tile, scale[None, :], -zero[None, :], levels - zero[None, :]) * scale[None, :]
+    off = tile - _steps(tile, scale, zero, levels) * scale[None, :]
     return tl.sum(weights[:, None] * off * off, axis=0)
 
 
@@ -140,7 +145,7 @@ def _fit(
             better = error < least
             least = tl.where(better, error, least)
             scale, zero = tl.where(better, tried, scale), tl.where(better, at, zero)
-        steps = _nearest(tile, scale[None, :], -zero[None, :], levels - zero[None, :])
+        steps = _steps(tile, scale, zero, levels)
         squares, products = tl.sum(weights[:, None] * steps * steps, axis=0), tl.sum(weights[:, None] * steps * tile, axis=0)
         fitted = _storable(tl.where(squares > 0.0, tl.div_rn(products, squares), scale))
         scale = tl.where(_error(tile, weights, fitted, zero, levels) < least, fitted, scale)
@@ -169,16 +174,16 @@ def descend_columns(
     return moved
 
 
-def _or_any(groups: Tensor | None, other: Tensor) -> Tensor:
+def _or_any(wanted: Tensor | None, other: Tensor) -> Tensor:
     """A tensor where a kernel wants one that it does not read."""
-    return other if groups is None else groups
+    return other if wanted is None else wanted
 
 
 def fit_grid(values: Tensor, importance: Tensor, shrinks: Tensor | None, levels: int, symmetric: bool) -> tuple[Tensor, Tensor]:
     """shrinks: of the search, `None` for none."""
     scale, zero = torch.empty_like(values[0]), torch.empty_like(values[0])
     tries = 0 if shrinks is None else len(shrinks)
-    ranges = importance if shrinks is None else shrinks  # of no use without a search
+    ranges = _or_any(shrinks, importance)
     _launch(_fit, values, importance, ranges, scale, zero, float(levels), tries, SEARCH=tries > 0, SYMMETRIC=symmetric)
     return scale, zero
 

@@ -134,8 +134,7 @@ def plan(spec: RunSpec, decoder: Decoder, machine: Machine | None = None, spare:
     sizes = storage.Sizes.of(spec, decoder, chosen, shapes)
     waits = storage.waiting(spec, decoder)
     memory, device_memory = storage.peak_memory(spec, decoder, chosen, shapes, forwards, sizes, spare, waits)
-    notes += _short_of(memory, torch.device("cpu"))
-    notes += _short_of(device_memory, decoder.device) if device_memory else []
+    notes += _short_of(memory, torch.device("cpu")) + _short_of(device_memory, decoder.device)
     return Plan(
         model=spec.model,
         device=str(decoder.device),

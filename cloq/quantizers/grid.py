@@ -56,6 +56,7 @@ def fit(values: Tensor, bits: int, symmetric: bool, search: bool, importance: Te
     if not search:
         scale, zero = _of_range(low, high, bits, symmetric)
         return scale, zero.to(torch.uint8)
+    importance = torch.ones_like(values[0]) if importance is None else importance
     scales, zeros = _candidates(low, high, bits, symmetric)
     errors = _rounding_errors(values, scales, zeros, bits, importance)
     best = errors.argmin(0, keepdim=True)  # the first of equal ones: the widest range
@@ -103,18 +104,17 @@ def _not_underflowed(scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return torch.where((scale == 0) & (high > low), SMALLEST_SCALE, scale)
 
 
-def _least_squares_scale(values: Tensor, points: Grid, importance: Tensor | None) -> Tensor:
+def _least_squares_scale(values: Tensor, points: Grid, importance: Tensor) -> Tensor:
     """The scale with the least squared error for the steps that the values `(rows, n)` round to; the grid's own where all are zero."""
     steps = Grid(*(part[:, None] for part in points)).round(values, out=torch.empty_like(values))
-    weighted = steps if importance is None else steps * importance
+    weighted = steps * importance
     squares = torch.linalg.vecdot(weighted, steps)
     return _storable(torch.where(squares > 0, torch.linalg.vecdot(weighted, values) / squares, points.scale))
 
 
-def _rounding_errors(values: Tensor, scales: Tensor, zeros: Tensor, bits: int, importance: Tensor | None) -> Tensor:
+def _rounding_errors(values: Tensor, scales: Tensor, zeros: Tensor, bits: int, importance: Tensor) -> Tensor:
     """Squared rounding error, weighted, of each row of `values (rows, n)` under each of its grids, `(grids, rows)`."""
     steps, errors = torch.empty_like(values), torch.empty_like(scales)
-    importance = torch.ones_like(values[0]) if importance is None else importance
     for scale, zero, error in zip(scales[:, :, None], zeros[:, :, None], errors, strict=True):
         grid(scale, zero, bits).round(values, out=steps)
         torch.mv(torch.addcmul(values, steps, scale, value=-1, out=steps).square_(), importance, out=error)

@@ -67,33 +67,34 @@ def test_the_search_never_does_worse_than_the_range(values, bits, symmetric):
     values = torch.from_numpy(values)
     errors = []
     for search in (False, True):
-        scale, zero = (t[:, None] for t in grid.fit(values, bits, symmetric, search))
-        decoded = grid.decode(grid.encode(values, scale, zero.float(), bits), scale, zero.float())
-        errors.append((values - decoded).double().square().sum(1))
+        errors.append((values - rounded(values, bits, symmetric, search)).double().square().sum(1))
     assert bool((errors[1] <= errors[0] * (1 + 1e-5) + 1e-12).all())
+
+
+def rounded(values: torch.Tensor, bits: int, symmetric: bool, search: bool, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """The values on the grid that fits each row."""
+    scale, zero = (t[:, None] for t in grid.fit(values, bits, symmetric, search, weights))
+    return grid.decode(grid.encode(values, scale, zero.float(), bits), scale, zero.float())
 
 
 def naive_search(row: torch.Tensor, weights: torch.Tensor, bits: int, symmetric: bool) -> float:
     """The weighted squared error of one row's best grid, candidate after candidate, in float64."""
-    low, high, levels, half = min(0.0, float(row.min())), max(0.0, float(row.max())), 2**bits - 1, 2 ** (bits - 1)
+    low, high, levels, middle = min(0.0, float(row.min())), max(0.0, float(row.max())), 2**bits - 1, 2 ** (bits - 1)
 
     def error(scale, zero):
         steps = (row / scale).round().clamp(-zero, levels - zero)
         return float((weights * (row - scale * steps).square()).sum()), steps
 
-    def stored(scale):
-        return float(torch.tensor(scale).half())
-
     if symmetric:
-        magnitudes = max(-low / half, high / (half - 1)), max(high / half, -low / (half - 1))
-        pairs = [(magnitudes[0], half), (-magnitudes[1], half)]
+        magnitudes = max(-low / middle, high / (middle - 1)), max(high / middle, -low / (middle - 1))
+        pairs = [(magnitudes[0], middle), (-magnitudes[1], middle)]
     else:
-        below = min(math.floor(-low / stored((high - low) / levels)), levels - 1)
+        below = min(math.floor(-low / half((high - low) / levels)), levels - 1)
         pairs = [((high - low) / levels, below), ((high - low) / levels, below + 1)]
-    tried = [(stored(shrink * scale), zero) for shrink in grid.SHRINKS for scale, zero in pairs]
+    tried = [(half(shrink * scale), zero) for shrink in grid.SHRINKS for scale, zero in pairs]
     scale, zero = min(tried, key=lambda one: error(*one)[0])
     least, steps = error(scale, zero)
-    fitted = stored(float((weights * steps * row).sum() / (weights * steps.square()).sum()))
+    fitted = half(float((weights * steps * row).sum() / (weights * steps.square()).sum()))
     return min(least, error(fitted, zero)[0])
 
 
@@ -101,9 +102,7 @@ def naive_search(row: torch.Tensor, weights: torch.Tensor, bits: int, symmetric:
 def test_the_search_finds_what_trying_one_after_the_other_finds(bits, symmetric):
     generator = torch.Generator().manual_seed(bits)
     values, weights = torch.randn(30, 32, generator=generator) + 0.3, torch.rand(32, generator=generator) + 0.1
-    scale, zero = (t[:, None] for t in grid.fit(values, bits, symmetric, True, weights))
-    decoded = grid.decode(grid.encode(values, scale, zero.float(), bits), scale, zero.float())
-    found = (weights * (values - decoded).square()).sum(1).double()
+    found = (weights * (values - rounded(values, bits, symmetric, True, weights)).square()).sum(1).double()
     expected = torch.tensor([naive_search(row, weights.double(), bits, symmetric) for row in values.double()], dtype=torch.float64)
     assert torch.allclose(found, expected, rtol=1e-4)
 
@@ -115,8 +114,7 @@ def test_the_search_finds_the_grid_that_values_are_on(bits, symmetric):
     codes = torch.randint(0, 2**bits, (50, 40), generator=torch.Generator().manual_seed(0))
     codes[:, 0], codes[:, 1] = 0, 2**bits - 1
     values = 0.25 * (codes - 2 ** (bits - 1) if symmetric else codes - 1)
-    scale, zero = (t[:, None] for t in grid.fit(values, bits, symmetric, search=True))
-    assert torch.equal(grid.decode(grid.encode(values, scale, zero.float(), bits), scale, zero.float()), values)
+    assert torch.equal(rounded(values, bits, symmetric, search=True), values)
 
 
 def test_both_zero_points_and_a_fitted_scale_are_worth_more_than_narrower_ranges():
@@ -126,8 +124,7 @@ def test_both_zero_points_and_a_fitted_scale_are_worth_more_than_narrower_ranges
     scales = [((high - low) / 3 * (1 - 0.05 * step)).half().float() for step in range(13)]
     zero = (-3 * low / (high - low)).round()
     narrower = torch.stack([(weight - grid.decode(grid.encode(weight, s, zero, 2), s, zero)).square().sum(1) for s in scales]).amin(0).sum()
-    scale, zero = (t[:, None] for t in grid.fit(weight, 2, False, True))
-    found = (weight - grid.decode(grid.encode(weight, scale, zero.float(), 2), scale, zero.float())).square().sum()
+    found = (weight - rounded(weight, 2, False, True)).square().sum()
     assert float(found / narrower) < 0.985
 
 
