@@ -161,7 +161,7 @@ def solve(variant: Variant, name: str, weight: torch.Tensor, stats, unseen, base
 
     began = time.perf_counter()
     rank = min(variant.lora.rank, *weight.shape)
-    quantized, factors = initializers.from_spec(variant.lora).initialize(weight, stats, quantize, rank)
+    quantized, factors = initializers.from_spec(variant.lora, variant.quant.bits).initialize(weight, stats, quantize, rank)
     variant.seconds += time.perf_counter() - began
     dense = quantized.dequantize()
     effective = dense + factors.delta()

@@ -17,10 +17,11 @@ INITIALIZERS = {"cloq": Cloq, "zero": Zero, "svd": Svd, "loftq": Loftq, "qera": 
 """The initializers that a run can name."""
 
 
-def from_spec(spec: LoraSpec) -> Initializer:
-    """The initializer that a `LoraSpec` describes: each class takes those of its fields that the spec has."""
+def from_spec(spec: LoraSpec, bits: int | None = None) -> Initializer:
+    """The initializer that a `LoraSpec` describes, for codes of `bits`: each class takes what it has fields for."""
     kind = INITIALIZERS[spec.init]
-    return kind(**{name: getattr(spec, name) for name in kind.__dataclass_fields__ if hasattr(spec, name)})
+    known = {name: getattr(spec, name) for name in kind.__dataclass_fields__ if hasattr(spec, name)}
+    return kind(**known | ({"bits": bits} if "bits" in kind.__dataclass_fields__ else {}))
 
 
 __all__ = [

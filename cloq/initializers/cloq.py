@@ -26,6 +26,9 @@ SPLITS = ("paper", "balanced")
 KEPT = 0.03
 """Share of the Gram matrix that is kept along the directions that the factors will undo. None at all lets the codes drift there."""
 
+EVEN = 0.95
+"""An even grid is worth a twentieth of the squared size that 2-bit codes have to hold: a term that takes more of it away is kept."""
+
 SHRINKAGE = 1.0
 """What is added to the Gram matrix's diagonal for the first factors, relative to its mean: how much the size of the weight that is left to
 the codes counts beside the outputs. From 0.3 to 3 there is little difference."""
@@ -101,10 +104,15 @@ class Cloq:
 
     split: see `closed_form`.
     rounds: how often codes are chosen for the factors, and factors for the codes; 0 is the paper's method.
+    bits: of the codes, where that is known. Rounds ask whether they are 2.
 
     **The first factors** are made before anything is quantized: the closed form for the weight itself, as if all codes were zero, in the
     norm of `G + tr(G)/in · I`. They hold what r terms can of the layer's outputs and of the weight's size, so that the codes have a smaller
     weight left to hold, on a finer grid.
+
+    **Half a step.** The zero of an integer grid is one of its points, so that four points lie lopsided about it: 1, 2 and −1 steps away.
+    Values are about as often to either side and want ½ and 1½. At 2 bits the last of the first factors' terms shifts every row by half of
+    its step, which makes the points even; whatever the codes are, the factors that follow take the shift away again.
 
     **A round.** Whatever the codes are, factors with these rows `A` can take away all of the error that lies in the directions of
     `A S`; the best `B` leaves `‖(W − Q) S‖²` without them, which is the norm with the Gram matrix `lowrank.deflate(G, A)`. So the
@@ -120,6 +128,7 @@ class Cloq:
 
     split: str = "paper"
     rounds: int = 0
+    bits: int | None = None
 
     def initialize(self, weight: Tensor, stats: LayerStats, quantize: Quantize, rank: int) -> tuple[AnyQuantizedWeight, LoraFactors]:
         """Raises `ValueError` for a rank above `min(weight.shape)`."""
@@ -138,7 +147,7 @@ class Cloq:
     ) -> tuple[AnyQuantizedWeight, LoraFactors]:  # fmt: skip
         """The codes of the best round with their factors; the split has no part in the choice."""
         roots = _roots(stats.outputs, weight)
-        B, A = _before_any_codes(weight, stats, rank)
+        B, A = _before_any_codes(weight, stats, rank, self.bits)
         best: tuple[AnyQuantizedWeight, lowrank.Followed] | None = None
         for behind in reversed(range(self.rounds)):
             target = weight - B @ A
@@ -169,10 +178,26 @@ def compensated(rounds: int) -> int:
     return math.ceil(rounds / 4)
 
 
-def _before_any_codes(weight: Tensor, stats: LayerStats, rank: int) -> tuple[Tensor, Tensor]:
+def _before_any_codes(weight: Tensor, stats: LayerStats, rank: int, bits: int | None) -> tuple[Tensor, Tensor]:
     """The first factors, `B (out, r)` and `A (r, in)`."""
-    fitted = closed_form(weight, _shrunk(stats.gram), rank, outputs=stats.outputs)
-    return fitted.factors.B, fitted.factors.A
+    first = closed_form(weight, _shrunk(stats.gram), rank, outputs=stats.outputs).factors
+    return _with_half_a_step(weight, first.B, first.A) if bits == 2 else (first.B, first.A)
+
+
+def _with_half_a_step(weight: Tensor, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    """`B (out, r)`, `A (r, in)` with a shift of `W − B A` in the place of their last term, where an even grid is worth more than the term.
+
+    The step of the even grid of four points that is nearest to normal values is 0.996 of their root mean square (Max, Quantizing for
+    minimum distortion, 1960): half of a row's is the shift. Inputs whose weights the other terms hold, such as a massive activation's,
+    are shifted by as much less, so that they stay on the grid's zero.
+    """
+    without = (weight - B @ A).square().sum()
+    others, rest = B[:, :-1], A[:-1]
+    left = (weight - others @ rest).square()
+    if without <= EVEN * left.sum():
+        return B, A
+    rows, columns = (left.mean(dim, keepdim=True).sqrt() for dim in (1, 0))
+    return torch.cat([others, -rows / 2], 1), torch.cat([rest, columns / columns.mean()])
 
 
 def size_left(weight: Tensor, gram: Tensor, ranks: Sequence[int]) -> Tensor:

@@ -48,7 +48,7 @@ def solve_layer(
     quantizer = quantizers.from_spec(layer.quant)
     if given is None:  # of the weight itself, since factors that come first could take from the quantizer what it refuses
         grid.finite(weight, torch.finfo(torch.float32).max if layer.quant.quantizer == "nf4" else grid.LARGEST_WEIGHT)
-    initializer = initializers.from_spec(lora.replace(rounds=0) if given and lora.rounds_on(given=False) else lora)
+    initializer = initializers.from_spec(lora.replace(rounds=0) if given and lora.rounds_on(given=False) else lora, layer.quant.bits)
     quantized, factors = initializer.initialize(weight, stats, lambda w, s: given or quantizer.quantize(w, s), rank)
     if quantized.damping > layer.quant.damping:
         notes.append(f"Cholesky failed with damping {layer.quant.damping:g}; raised to {quantized.damping:g}")
