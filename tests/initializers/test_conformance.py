@@ -137,6 +137,12 @@ def test_a_spec_becomes_its_initializer():
     assert from_spec(LoraSpec(init="loftq", iterations=3)) == INITIALIZERS["loftq"](3)
 
 
+@pytest.mark.parametrize("name", INITIALIZERS)
+def test_a_width_is_for_those_that_ask(name):
+    spec = LoraSpec(init=name)
+    assert from_spec(spec, 2) == (dataclasses.replace(from_spec(spec), bits=2) if name == "cloq" else from_spec(spec))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_the_errors_are_those_of_the_cpu():

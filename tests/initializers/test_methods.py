@@ -6,10 +6,10 @@ import torch
 from cloq import initializers
 from cloq.algebra import lowrank
 from cloq.initializers import SPLITS, Cloq, Eora, Loftq, Pissa, Qera, Svd, Zero, closed_form
-from cloq.initializers.cloq import KEPT, SHRINKAGE, size_left
+from cloq.initializers.cloq import EVEN, KEPT, SHRINKAGE, size_left
 from cloq.quantizers import Gptq, Nf4, Rtn
 from cloq.types import LoraFactors
-from tests.problems import KINDS, SHAPES, optimum, output_error, problem, root
+from tests.problems import KINDS, LARGE_SHAPES, SHAPES, optimum, output_error, problem, root
 
 QUANTIZER = Rtn(2, 32)
 SHAPE = SHAPES["tall"]
@@ -274,6 +274,71 @@ def test_codes_of_the_best_round_are_kept():
 
     codes, _ = Cloq(rounds=3).initialize(p.weight, p.stats, quantize, 8)
     assert len(made) == 3 and codes is made[0]
+
+
+def first_target(p, rank, bits):
+    """What the quantizer is asked for first."""
+    asked = []
+    Cloq(rounds=2, bits=bits).initialize(p.weight, p.stats, lambda w, stats: asked.append(w) or Rtn(2, 32).quantize(w), rank)
+    return asked[0]
+
+
+def first_factors(p, rank):
+    return closed_form(p.weight, p.gram + SHRINKAGE * p.gram.diagonal().mean() * torch.eye(len(p.gram)), rank).factors
+
+
+def size(matrix) -> float:
+    return float(matrix.square().sum())
+
+
+@pytest.mark.parametrize("kind", ["well conditioned", "power law", "outlier channel"])
+@pytest.mark.parametrize("shape", LARGE_SHAPES.values(), ids=LARGE_SHAPES)
+def test_at_two_bits_the_first_codes_are_of_a_weight_moved_by_half_a_step(kind, shape):
+    """By row, whose step is about its root mean square, and by input; in the place of the last of the terms that are made otherwise."""
+    p = problem(kind, shape)
+    first = first_factors(p, 3)
+    left = p.weight - first.B[:, :2] @ first.A[:2]
+    assert size(p.weight - first.delta()) > EVEN * size(left)
+    rows, columns = left.square().mean(1).sqrt(), left.square().mean(0).sqrt()
+    expected = left + 0.5 * torch.outer(rows, columns / columns.mean())
+    torch.testing.assert_close(first_target(p, 3, 2), expected, rtol=1e-3, atol=1e-3 * float(left.std()))
+    for bits in (None, 3, 4):
+        torch.testing.assert_close(first_target(p, 3, bits), p.weight - first.delta())
+
+
+def test_a_term_that_holds_more_than_an_even_grid_is_worth_stays():
+    p = problem("power law", SHAPE)
+    assert size(p.weight - first_factors(p, RANK).delta()) < EVEN * size(p.weight - first_factors(p, RANK - 1).delta())
+    torch.testing.assert_close(first_target(p, RANK, 2), first_target(p, RANK, None))
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+@pytest.mark.parametrize(("group_size", "at_most"), [(64, 0.94), (None, 0.87)])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_an_even_grid_is_worth_more_than_a_term(rounds, group_size, at_most, symmetric):
+    """Of normal weights, of which every term holds as little; and nearly all groups come to have their four points alike."""
+    p = problem("well conditioned", (256, 320))
+    p = p._replace(weight=torch.randn(p.weight.shape, generator=torch.Generator().manual_seed(0)))
+    quantizer = Gptq(2, group_size, symmetric=symmetric, search=True)
+    (_, before, lopsided), (quantized, now, even) = (fit(Cloq(rounds=rounds, bits=bits), p, quantizer, 4) for bits in (None, 2))
+    assert output_error(even - now.delta(), p.gram) < at_most * output_error(lopsided - before.delta(), p.gram)
+    above = quantized.zero.float() * quantized.scale.sign()
+    assert float((above == above.median()).float().mean()) > 0.95
+
+
+def test_inputs_that_the_factors_hold_stay_on_the_grids_zero():
+    """A shift that is the same for all inputs would put those of a massive activation between two points."""
+    p = problem("outlier channel", LARGE_SHAPES["wide"])
+    (_, before, lopsided), (_, now, even) = (fit(Cloq(rounds=1, bits=bits), p, Gptq(2, 64, search=True), 8) for bits in (None, 2))
+    assert output_error(even - now.delta(), p.gram) < 1.1 * output_error(lopsided - before.delta(), p.gram)
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_at_two_bits_a_weight_of_zeros_has_no_step(rank):
+    p = problem("power law", SHAPES["tall"])
+    p = p._replace(weight=torch.zeros_like(p.weight))
+    quantized, factors = Cloq(rounds=2, bits=2).initialize(p.weight, p.stats, Gptq(2, 32).quantize, rank)
+    assert not (quantized.dequantize() + factors.delta()).any()
 
 
 def test_what_the_first_factors_leave_is_known_for_all_ranks_at_once():
