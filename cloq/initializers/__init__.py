@@ -20,8 +20,8 @@ INITIALIZERS = {"cloq": Cloq, "zero": Zero, "svd": Svd, "loftq": Loftq, "qera": 
 def from_spec(spec: LoraSpec, bits: int | None = None) -> Initializer:
     """The initializer that a `LoraSpec` describes, for codes of `bits`: each class takes what it has fields for."""
     kind = INITIALIZERS[spec.init]
-    known = {name: getattr(spec, name) for name in kind.__dataclass_fields__ if hasattr(spec, name)}
-    return kind(**known | ({"bits": bits} if "bits" in kind.__dataclass_fields__ else {}))
+    known = {**vars(spec), "bits": bits}
+    return kind(**{name: known[name] for name in kind.__dataclass_fields__ if name in known})
 
 
 __all__ = [

@@ -191,13 +191,12 @@ def _with_half_a_step(weight: Tensor, B: Tensor, A: Tensor) -> tuple[Tensor, Ten
     minimum distortion, 1960): half of a row's is the shift. Inputs whose weights the other terms hold, such as a massive activation's,
     are shifted by as much less, so that they stay on the grid's zero.
     """
-    without = (weight - B @ A).square().sum()
-    others, rest = B[:, :-1], A[:-1]
-    left = (weight - others @ rest).square()
-    if without <= EVEN * left.sum():
+    left = weight - B[:, :-1] @ A[:-1]
+    squares, with_last = left.square(), (left - B[:, -1:] @ A[-1:]).square()
+    if with_last.sum() <= EVEN * squares.sum():
         return B, A
-    rows, columns = (left.mean(dim, keepdim=True).sqrt() for dim in (1, 0))
-    return torch.cat([others, -rows / 2], 1), torch.cat([rest, columns / columns.mean()])
+    rows, columns = (squares.mean(dim, keepdim=True).sqrt() for dim in (1, 0))
+    return torch.cat([B[:, :-1], -rows / 2], 1), torch.cat([A[:-1], columns / columns.mean()])
 
 
 def size_left(weight: Tensor, gram: Tensor, ranks: Sequence[int]) -> Tensor:

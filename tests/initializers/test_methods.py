@@ -21,6 +21,11 @@ def fit(initializer, p, quantizer=QUANTIZER, rank=RANK):
     return quantized, factors, p.weight - quantized.dequantize()
 
 
+def first_factors(p, rank):
+    """Those of rounds, before any codes and without a shift."""
+    return closed_form(p.weight, p.gram + SHRINKAGE * p.gram.diagonal().mean() * torch.eye(len(p.gram)), rank).factors
+
+
 def truncated(matrix, rank=RANK):
     u, s, vt = torch.linalg.svd(matrix.double(), full_matrices=False)
     return u[:, :rank] * s[:rank] @ vt[:rank]
@@ -214,8 +219,7 @@ def test_a_round_quantizes_for_what_the_factors_will_undo():
         return Rtn(2, 32).quantize(weight, stats)
 
     Cloq(rounds=2).initialize(p.weight, p.stats, quantize, 8)
-    shrunk = p.gram + SHRINKAGE * p.gram.diagonal().mean() * torch.eye(len(p.gram))
-    factors = closed_form(p.weight, shrunk, 8).factors
+    factors = first_factors(p, 8)
     left = p.weight - Rtn(2, 32).quantize(p.weight - factors.delta()).dequantize()
     following = LoraFactors(*reversed(lowrank.follow(left, p.gram, factors.B)[:2]))
     (first, to_the_nearest), (last, stats) = asked
@@ -283,10 +287,6 @@ def first_target(p, rank, bits):
     return asked[0]
 
 
-def first_factors(p, rank):
-    return closed_form(p.weight, p.gram + SHRINKAGE * p.gram.diagonal().mean() * torch.eye(len(p.gram)), rank).factors
-
-
 def size(matrix) -> float:
     return float(matrix.square().sum())
 
@@ -344,8 +344,7 @@ def test_at_two_bits_a_weight_of_zeros_has_no_step(rank):
 def test_what_the_first_factors_leave_is_known_for_all_ranks_at_once():
     p = problem("power law", SHAPES["tall"])
     ranks = (1, 5, 16)
-    shrunk = p.gram + SHRINKAGE * p.gram.diagonal().mean() * torch.eye(len(p.gram))
-    factors = [closed_form(p.weight, shrunk, rank).factors for rank in ranks]
+    factors = [first_factors(p, rank) for rank in ranks]
     expected = torch.tensor([float((p.weight - found.delta()).norm() / p.weight.norm()) ** 2 for found in factors], dtype=torch.float64)
     torch.testing.assert_close(size_left(p.weight, p.gram, ranks), expected, rtol=1e-4, atol=1e-6)
     assert size_left(p.weight, p.gram, [min(p.weight.shape)]) == pytest.approx(0, abs=1e-6)
