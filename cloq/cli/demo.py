@@ -33,7 +33,7 @@ def run_demo(out: Path, restart: bool) -> None:
     with console.status("generating with transformers + peft"):
         sentences = generate_each(result, PROMPT)
     console.print(_table(quality, sentences))
-    console.print(_repaired(quality, result))
+    console.print(_verdict(quality, result))
     console.print(f"base     {result.base}\nadapter  {result.adapter.resolve()}\nreport   {(out / 'report.html').resolve()}")
 
 
@@ -68,13 +68,7 @@ def _table(quality, sentences: list[str]):
     return table
 
 
-def _repaired(quality, result) -> str:
-    import math
+def _verdict(quality, result) -> str:
+    from cloq.report.tables import from_dense
 
-    dense, base, corrected = (math.log(q.perplexity) for q in quality)
-    metrics = [layer.metrics for layer in result.layers.values()]
-    before, after = (sum(getattr(m, key) for m in metrics) / len(metrics) for key in ("error_quantized", "error_corrected"))
-    return (
-        f"the adapters repaired {(base - corrected) / (base - dense):.0%} of the damage in log-perplexity; "
-        f"mean layer error {before:.4f} → {after:.4f}"
-    )
+    return f"with the adapter it is {from_dense(quality)}; mean held-out layer error {result.report.mean('heldout_corrected'):.4f}"

@@ -6,7 +6,7 @@ import yaml
 
 from cloq.report import wording
 from cloq.report.record import STORED_ADAPTER_BITS, Report, is_hub_id
-from cloq.report.tables import by_text, damage_repaired, uncertainty
+from cloq.report.tables import by_text, from_dense, uncertainty
 from cloq.report.wording import error, percent, perplexity, size
 
 _NEEDS = {
@@ -128,8 +128,8 @@ def _numbers(report: Report) -> str:
             "",
         ]
         lines += _table(["model", "perplexity"], [[row.model, perplexity(row.perplexity) + uncertainty(row)] for row in rows])
-        share = damage_repaired(rows)
-        lines += [f"The adapter repairs {percent(share)} of the damage in log-perplexity.", ""] if share is not None else []
+        distance = from_dense(rows)
+        lines += [f"With the adapter it is {distance}.", ""] if distance is not None else []
     kinds = [("calibration text", "error", False)] + ([("held-out text", "heldout", True)] if mean("heldout_corrected") is not None else [])
     rows = [
         [f"{what}", error(mean(f"{key}_quantized")), error(mean(f"{key}_corrected")), percent(report.repaired(h))] for what, key, h in kinds

@@ -14,7 +14,7 @@ from cloq.report import figures, wording
 from cloq.report.record import STORED_ADAPTER_BITS, Report, share_repaired
 from cloq.report.scores import score_tables
 from cloq.report.style import CSS
-from cloq.report.tables import by_text, damage_repaired, uncertainty
+from cloq.report.tables import by_text, from_dense, uncertainty
 from cloq.report.wording import duration, error, percent, perplexity, plural, size
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -70,11 +70,10 @@ def _tiles(report: Report) -> str:
     tiles = []
     for (text, protocol), rows in list(by_text(report.quality).items())[:1]:
         values = {row.model: perplexity(row.perplexity) for row in rows}
-        number = (
-            _arrow(values["base"], values["base + adapter"]) if {"base", "base + adapter"} <= values.keys() else " · ".join(values.values())
-        )
-        dense = f"16-bit model: {values['16-bit']}; " if "16-bit" in values else ""
-        tiles.append(_tile("Perplexity", number, f"{dense}{escape(text)}, {escape(protocol)}"))
+        distance = from_dense(rows)
+        number = " · ".join(values.values()) if distance is None else _arrow(values["16-bit"], values["base + adapter"])
+        note = f"with the adapter {distance}; " if distance is not None else ""
+        tiles.append(_tile("Perplexity", number, f"{note}{escape(text)}, {escape(protocol)}"))
     repaired = f"{percent(report.repaired())} repaired, mean over layers, calibration text"
     tiles.append(_tile("Layer error", _arrow(error(mean("error_quantized")), error(mean("error_corrected"))), repaired))
     if mean("heldout_corrected") is not None:
@@ -97,8 +96,8 @@ def _quality(report: Report) -> str:
     text = "<h2>Perplexity right after initialization</h2>\n"
     text += "<p>Before any fine-tuning; read back from the exported files. Lower is better.</p>\n"
     for (source, protocol), rows in by_text(report.quality).items():
-        share = damage_repaired(rows)
-        verdict = f" The adapter repairs {percent(share)} of the damage, in log-perplexity." if share is not None else ""
+        distance = from_dense(rows)
+        verdict = f" With the adapter it is {distance}." if distance is not None else ""
         body = [(row.model, perplexity(row.perplexity) + uncertainty(row)) for row in rows]
         text += _table(("model", "perplexity ± standard error"), body)
         about = f"{escape(source)}, {plural(rows[0].tokens, 'token')}, protocol {escape(protocol)}: sequences without overlap."

@@ -71,15 +71,15 @@ def _files(report: Report) -> list[tuple[str, str]]:
 
 
 def quality_lines(quality: Sequence[Quality]) -> list[str]:
-    """Perplexities as a table, a block per text and protocol, with the share of the damage repaired where it is known."""
+    """Perplexities as a table, a block per text and protocol, and how far from the 16-bit model the adapter brings the base."""
     lines = []
     for (text, protocol), rows in by_text(quality).items():
         lines.append(f"perplexity on {text} ({protocol}, {wording.plural(rows[0].tokens, 'token')})")
         for row in rows:
             lines.append(f"  {row.model:<16} {wording.perplexity(row.perplexity):>12}{uncertainty(row)}")
-        share = damage_repaired(rows)
-        if share is not None:
-            lines.append(f"  the adapter repairs {wording.percent(share)} of the damage, in log-perplexity")
+        distance = from_dense(rows)
+        if distance is not None:
+            lines.append(f"  with the adapter it is {distance}")
     return lines
 
 
@@ -97,10 +97,10 @@ def uncertainty(quality: Quality) -> str:
     return f" ± {spread:.2g}" if math.isfinite(spread) and spread < 100 else f" ± {spread:,.0f}" if math.isfinite(spread) else ""
 
 
-def damage_repaired(rows: Sequence[Quality]) -> float | None:
-    """`(log p_base − log p_adapter) / (log p_base − log p_dense)`; `None` without all three, or without any damage."""
+def from_dense(rows: Sequence[Quality]) -> str | None:
+    """`1.092 times the 16-bit model's`: the perplexity with the adapter; `None` where either is missing. What the base alone is at
+    would say nothing here: its codes may have been chosen for the factors."""
     values = {row.model: row.perplexity for row in rows}
-    if not all(values.get(model, 0) > 0 for model in ("16-bit", "base", "base + adapter")):
+    if not {"16-bit", "base + adapter"} <= values.keys():
         return None
-    dense, base, corrected = (math.log(values[model]) for model in ("16-bit", "base", "base + adapter"))
-    return (base - corrected) / (base - dense) if base > dense else None
+    return f"{values['base + adapter'] / values['16-bit']:,.3f} times the 16-bit model's"

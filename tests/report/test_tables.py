@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cloq.report import quality_lines, summary_lines, wording
-from cloq.report.tables import COLUMNS, damage_repaired, layers_csv
+from cloq.report.tables import COLUMNS, from_dense, layers_csv
 from cloq.use.evaluate import Quality
 from tests.report import synthetic
 
@@ -60,15 +60,15 @@ def test_quality_never_mixes_texts_or_protocols():
     assert [head.split()[2] for head in heads] == ["one", "two"] and len(lines) == 10
 
 
-def test_damage_repaired_is_the_share_in_log_perplexity():
-    def rows(dense, base, corrected):
-        values = {"16-bit": dense, "base": base, "base + adapter": corrected}
-        return [Quality(name, math.exp(value), 1, 0.1, "p", "t") for name, value in values.items()]
+def test_how_far_the_adapter_is_from_the_16_bit_model_does_not_depend_on_the_base_alone():
+    def rows(**values):
+        return [Quality(name.replace("_", " + ").replace("dense", "16-bit"), value, 1, 0.1, "p", "t") for name, value in values.items()]
 
-    assert damage_repaired(rows(3.0, 7.0, 4.0)) == pytest.approx(0.75)
-    assert damage_repaired(rows(3.0, 7.0, 8.0)) == pytest.approx(-0.25)
-    assert damage_repaired(rows(3.0, 3.0, 3.0)) is None
-    assert damage_repaired(rows(3.0, 7.0, 4.0)[1:]) is None
+    for base in (9.0, 5e9, math.inf):
+        assert from_dense(rows(dense=10.0, base=base, base_adapter=12.5)) == "1.250 times the 16-bit model's"
+    assert from_dense(rows(dense=10.0, base=20.0, base_adapter=9.9)) == "0.990 times the 16-bit model's"
+    assert from_dense(rows(dense=10.0, base_adapter=98765.4)) == "9,876.540 times the 16-bit model's"
+    assert from_dense(rows(dense=10.0, base=20.0)) is None and from_dense(rows(base=20.0, base_adapter=12.0)) is None
 
 
 @pytest.mark.parametrize(
