@@ -17,7 +17,7 @@ layer whose output is added to the stream answers for the stream, is cloq's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,6 +33,9 @@ DAMPING = 0.01
 
 DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 """Those that are tried where it is chosen."""
+
+MIXTURES = 128
+"""Random mixtures of a wider layer's rows that stand for all of them while dampings are tried."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,19 +79,32 @@ def corrected_by_heldout(weight: Tensor, stats: LayerStats, drift: Drift, unseen
     """`W + c · (W D + R) (G + λ I)⁻¹`, `(out, in)` float32, with the λ among `DAMPINGS` and the c ≥ 0 that are best for other tokens.
 
     unseen, unseen_drift: of those. For a step `P` and `Gʰ, Dʰ, Rʰ` over them the deviation there falls by `2c ⟨P, W Dʰ + Rʰ⟩ − c² ‖P Sʰ‖²`,
-    so that the best c is a quotient. Neighbouring λ are tried from the middle one as long as it falls more. Without tokens, or where
-    no step helps, the weight stays as it is.
+    so that the best c is a quotient. Neighbouring λ are tried from the middle one as long as it falls more: by `MIXTURES` mixtures of the
+    rows with random signs, of which both terms have the same mean as of all rows. Without tokens, or where no step helps, the weight
+    stays as it is.
     """
     weight = weight.float()
     wanted, theirs = drift.step(weight), unseen_drift.step(weight)
+    mixed = _mixed(wanted, theirs)
 
     def tried(damping: float) -> _Trial:
         factor, _ = linalg.damped_cholesky(stats.gram.float(), damping)
-        step = _solved(factor, wanted)
-        along = max(0.0, float((step * theirs).sum(dtype=torch.float64)))
-        share = linalg.share(along, linalg.gram_norm2(step, unseen.gram))
-        return _Trial(along * share, share, step)
+        _, share, along = _step(factor, *mixed, unseen)
+        return _Trial(along * share, factor)
 
+    step, share, _ = _step(_climb(tried).factor, wanted, theirs, unseen)
+    return weight + share * step
+
+
+class _Trial(NamedTuple):
+    """won: by how much the deviation of held-out tokens falls. factor: of the damped Gram matrix."""
+
+    won: float
+    factor: Tensor
+
+
+def _climb(tried: Callable[[float], _Trial]) -> _Trial:
+    """The best of the dampings, from the middle one on in the direction in which they get better."""
     start = len(DAMPINGS) // 2
     best = tried(DAMPINGS[start])
     for dampings in (DAMPINGS[start + 1 :], DAMPINGS[:start][::-1]):
@@ -100,15 +116,23 @@ def corrected_by_heldout(weight: Tensor, stats: LayerStats, drift: Drift, unseen
             best = trial
         if best is not before:
             break
-    return weight + best.share * best.step
+    return best
 
 
-class _Trial(NamedTuple):
-    """won: by how much the deviation of held-out tokens falls."""
+def _step(factor: Tensor, wanted: Tensor, theirs: Tensor, unseen: LayerStats) -> tuple[Tensor, float, float]:
+    """The step `P`, the share of it that is best for held-out tokens, and `⟨P, W Dʰ + Rʰ⟩`, 0 where it leads away."""
+    step = _solved(factor, wanted)
+    along = max(0.0, float((step * theirs).sum(dtype=torch.float64)))
+    return step, linalg.share(along, linalg.gram_norm2(step, unseen.gram)), along
 
-    won: float
-    share: float
-    step: Tensor
+
+def _mixed(*matrices: Tensor) -> list[Tensor]:
+    """`MIXTURES` sums of the matrices' rows, the same of each, with signs at random and always the same; few rows stay as they are."""
+    rows = matrices[0].shape[0]
+    if rows <= MIXTURES:
+        return list(matrices)
+    signs = torch.randint(0, 2, (MIXTURES, rows), generator=torch.Generator().manual_seed(0)) * 2.0 - 1.0
+    return [signs.to(matrix) @ matrix for matrix in matrices]
 
 
 def _solved(factor: Tensor, step: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ times of that routine on one core (GPTQ, eigendecomposition, MagR's prox) and ar
 from __future__ import annotations
 
 from cloq.algebra import linalg, lowrank
+from cloq.algebra.drift import MIXTURES
 from cloq.calibration.gram import PANEL
 from cloq.initializers.cloq import compensated
 from cloq.plan.work import Work
@@ -25,7 +26,7 @@ _QR = 4.0  # out · in²: the triangle and the basis need 4, minus what the smal
 _SEARCH_BYTES = (2 * len(SHRINKS) + 2) * 60  # for each weight: every grid rounded to and compared, and the last one fitted
 _PROX_BYTES = 1300  # for each weight and step: some six rounds of Newton's iteration
 _KRYLOV_BLOCKS = 6
-_TRIED = 3.5  # dampings of a correction
+_TRIED = 3.8  # dampings of a correction
 
 
 def solve(shape: Shape, quant: QuantSpec, lora: LoraSpec, rank: int, heldout: bool, given: bool = False) -> Work:
@@ -155,13 +156,16 @@ def damped_cholesky(columns: int) -> Work:
 def corrected(shape: Shape, chosen: bool) -> Work:
     """`drift.corrected`, once the Gram matrix is factorized: a product and two triangular solves.
 
-    chosen: as `drift.corrected_by_heldout` does it, with a factorization and a norm for every damping that is tried.
+    chosen: as `drift.corrected_by_heldout` does it, with a factorization for every damping that is tried, and a step and its norm for
+    mixtures of the rows; and one step for all of them.
     """
     out, columns = shape
     if not chosen:
         return Work(products=4.0 * out * columns**2)
-    tried = damped_cholesky(columns) + Work(products=2.0 * out * columns**2 + 1.0 * out * columns**2)
-    return _TRIED * tried + Work(products=2 * 2.0 * out * columns**2)
+    step = Work(products=2.0 * columns**2 + 1.0 * columns**2)  # of one row, and its norm
+    mixed = min(out, MIXTURES)
+    wanted = Work(products=2 * 2.0 * out * columns**2 + (2 * 2.0 * mixed * out * columns if mixed < out else 0.0))
+    return _TRIED * (damped_cholesky(columns) + mixed * step) + out * step + wanted
 
 
 def apply(shape: Shape, rank: int) -> Work:

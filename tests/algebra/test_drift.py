@@ -122,3 +122,37 @@ def test_an_input_that_is_always_zero_is_no_trouble(paired):
     found = corrected(weight, statistics(inputs * dead), drift_of((true, inputs * dead, true_stream, its_stream, weight)), 0.5)
     assert bool(torch.isfinite(found).all())
     torch.testing.assert_close(found[:, [0, 5]], weight[:, [0, 5]])
+
+
+def wide(seed, noise):
+    """A layer of 600 outputs on 60 and on 400 tokens, whose stream is noisy; float64."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    mix, weight, wrong = normal(24, 24), normal(600, 24), normal(24, 600)
+
+    def draw(tokens):
+        true = normal(tokens, 24) @ mix
+        inputs, stream = true + 0.3 * normal(tokens, 24), normal(tokens, 600)
+        return true, inputs, stream, stream + inputs @ wrong + noise * normal(tokens, 600), weight.float()
+
+    return draw(60), draw(400)
+
+
+@pytest.mark.parametrize("noise", (10.0, 30.0))
+def test_few_mixtures_of_many_rows_choose_a_damping_that_is_hardly_worse(noise, monkeypatch):
+    gained = []
+    for seed in range(5):
+        seen, unseen = wide(seed, noise)
+        weight, mine, others = seen[4], (statistics(seen[1]), drift_of(seen)), (statistics(unseen[1]), drift_of(unseen))
+        by_mixtures = corrected_by_heldout(weight, *mine, *others)
+        assert torch.equal(by_mixtures, corrected_by_heldout(weight, *mine, *others))
+        with monkeypatch.context() as patch:
+            patch.setattr("cloq.algebra.drift.MIXTURES", 600)
+            by_all = corrected_by_heldout(weight, *mine, *others)
+        before, found, best = (deviation(unseen, w) for w in (weight, by_mixtures, by_all))
+        assert best <= found < before
+        gained.append((before - found) / (before - best))
+    assert min(gained) > 0.95 and sum(gained) / len(gained) > 0.98
