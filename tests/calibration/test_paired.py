@@ -228,3 +228,41 @@ def test_activations_that_are_not_finite_are_refused():
     block, x = Block(), batches(2, 1)[0]
     with pytest.raises(ModelError, match="overflows"):
         paired_statistics([(lambda: block(x / 0), seeing(block, lambda: block(x)))], linears(block), GROUPS, {})
+
+
+@pytest.mark.parametrize("groups", (GROUPS, [["o"]], [["down"]]))
+def test_tokens_that_the_original_does_not_see_are_in_the_gram_matrices_alone(groups):
+    block, original = Block(), Block(1)
+    xs, ys, more = batches(2, 2, 3), batches(3, 2, 3), batches(4, 2)
+    to = joined(block)
+
+    def pairs(theirs, inputs, outputs):
+        return [(lambda x=x: block(x), lambda n, a, y=y: seen_in(theirs, y, n, a)) for x, y in zip(inputs, outputs, strict=True)]
+
+    def seen_in(model, y, names, adding):
+        return Seen(lambda: model(y), linears(model), names, {name: joined(model)[name] for name in adding})
+
+    stats, drifts = paired_statistics(pairs(original, xs, ys), linears(block), groups, to)
+    others = [lambda x=x: block(x) for x in more]
+    together, partly = paired_statistics(pairs(original, xs, ys), linears(block), groups, to, others=others)
+    for group in groups:
+        for name in group:
+            assert torch.equal(partly[name].total, drifts[name].total) and drifts[name].over is None
+            assert torch.equal(partly[name].over.gram, stats[group[0]].gram) and partly[name].over.n_tokens == stats[group[0]].n_tokens
+    everything, _ = paired_statistics(pairs(block, xs + more, xs + more), linears(block), groups, to)  # weighed by its own stream
+    apart, _ = paired_statistics(pairs(block, xs, xs), linears(block), groups, to)
+    for name in together:
+        added = (together[name].gram - stats[name].gram).double()
+        torch.testing.assert_close(added, (everything[name].gram - apart[name].gram).double(), rtol=1e-4, atol=1e-4)
+        assert together[name].n_tokens == everything[name].n_tokens
+
+
+def test_no_others_are_said_apart_from_none():
+    """On a process that has no more tokens than the original runs on, where another has some."""
+    block, xs = Block(), batches(2, 2)
+    runs = [(lambda x=x: block(x), seeing(block, lambda x=x: block(x))) for x in xs]
+    stats, drifts = paired_statistics(runs, linears(block), GROUPS, joined(block), others=())
+    assert all(torch.equal(drifts[group[0]].over.gram, stats[group[0]].gram) for group in GROUPS)
+    none, drifts = paired_statistics([], linears(block), GROUPS, joined(block), others=[lambda: block(xs[0])])
+    assert all(drifts[group[0]].over.n_tokens == 0 and float(drifts[group[0]].total.abs().max()) == 0 for group in GROUPS)
+    assert all(seen.n_tokens == xs[0].shape[:2].numel() for seen in none.values())
