@@ -40,15 +40,13 @@ MIXTURES = 128
 
 @dataclass(frozen=True, eq=False)
 class Drift:
-    """What a layer has to make up for, float32.
+    """What a layer has to make up for, float32; sums over the same tokens as the layer's Gram matrix, of which it has one.
 
-    inputs: `D (in, in)`, of a layer whose output is not added to anything. sums: `W D + R (out, in)`, of one whose output is; it has one
-    of the two. over: the statistics of the tokens that they are sums over, where these are not all that the layer's own are of.
+    inputs: `D (in, in)`, of a layer whose output is not added to anything. sums: `W D + R (out, in)`, of one whose output is.
     """
 
     inputs: Tensor | None = None
     sums: Tensor | None = None
-    over: LayerStats | None = None
 
     @property
     def total(self) -> Tensor:
@@ -71,8 +69,8 @@ def sums_of(drifts: dict[str, Drift]) -> Iterator[Tensor]:
 @full_precision()
 def corrected(weight: Tensor, stats: LayerStats, drift: Drift, share: float) -> Tensor:
     """`W + share · (W D + R) (G + λ I)⁻¹`, `(out, in)` float32. A damping that fails is raised, as everywhere."""
-    weight, over = weight.float(), drift.over or stats
-    factor, _ = over.once((corrected, DAMPING), lambda: linalg.damped_cholesky(over.gram.float(), DAMPING))
+    weight = weight.float()
+    factor, _ = stats.once((corrected, DAMPING), lambda: linalg.damped_cholesky(stats.gram.float(), DAMPING))
     return weight + share * _solved(factor, drift.step(weight))
 
 
@@ -85,12 +83,12 @@ def corrected_by_heldout(weight: Tensor, stats: LayerStats, drift: Drift, unseen
     rows with random signs, of which both terms have the same mean as of all rows. Without tokens, or where no step helps, the weight
     stays as it is.
     """
-    weight, over = weight.float(), drift.over or stats
+    weight = weight.float()
     wanted, theirs = drift.step(weight), unseen_drift.step(weight)
     mixed = _mixed(wanted, theirs)
 
     def tried(damping: float) -> _Trial:
-        factor, _ = linalg.damped_cholesky(over.gram.float(), damping)
+        factor, _ = linalg.damped_cholesky(stats.gram.float(), damping)
         _, share, along = _step(factor, *mixed, unseen)
         return _Trial(along * share, factor)
 

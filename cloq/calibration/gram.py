@@ -59,12 +59,6 @@ class GramSums:
             _add_upper_triangle(self._sums[name], rows)
         self._tokens[name] += rows.shape[0]
 
-    def so_far(self) -> dict[str, LayerStats]:
-        """What `statistics` would say now, in matrices of its own; the sums go on."""
-        now = GramSums(self._linears, ())
-        now._sums, now._tokens = {name: gram.clone() for name, gram in self._sums.items()}, dict(self._tokens)
-        return now.statistics()
-
     def statistics(self) -> dict[str, LayerStats]:
         """Ends the sums. Raises `ModelError` for activations that were NaN or Inf."""
         for name, gram in self._sums.items():

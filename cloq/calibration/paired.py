@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -87,19 +86,17 @@ def _first_shown(
 
 def paired_statistics(
     pairs: Iterable[tuple[Run, See]], linears: dict[str, nn.Module], groups: Sequence[Sequence[str]],
-    joined: dict[str, nn.Module | None], apart: Collection[str] = (), others: Iterable[Run] | None = None,
+    joined: dict[str, nn.Module | None], apart: Collection[str] = (),
 ) -> tuple[dict[str, LayerStats], dict[str, Drift]]:  # fmt: skip
     """Gram matrices of each group's first layer, as of `gram_matrices`, and the drift of every layer of the groups.
 
     pairs: for every micro-batch the compressed block's forward, and what is `Seen` in the original's of layers and sums (or of more).
     groups: layers that share an input. joined: those whose output is added to a stream → the module that is given the sum, `None` for the
     block's output; see `junctions`. In the groups they must have their original weight still. apart: layers that are not given the same
-    tokens in both (experts); they have no drift. others: the compressed block's forward on micro-batches that the original does not run
-    on. They are in the Gram matrices alone, and the drifts say what they are sums `over`.
+    tokens in both (experts); they have no drift.
 
     Tokens count alike but for a layer whose output is added to a stream: its are weighed by one over the mean square of the original's
-    stream, which whatever reads the stream divides by (of `others`, of their own). Otherwise the few tokens with massive activations would
-    outweigh all others.
+    stream, which whatever reads the stream divides by. Otherwise the few tokens with massive activations would outweigh all others.
     """
     names, together = [group[0] for group in groups], [group for group in groups if group[0] not in apart]
     adding, first_of = adding_layers(together, joined), {name: group[0] for group in together for name in group}
@@ -114,31 +111,22 @@ def paired_statistics(
     for run, original in pairs:
         true, seen = original([group[0] for group in together], adding), Seen(run, linears, names, adding, without=alone)
         for name in weighed:
-            _weigh(true.sums[name], name, seen.rows, true.sums, seen.sums)
+            _weigh_by_stream(true, seen, name)
         for name, rows in seen.rows.items():
             sums.add(name, rows)
             if name in drifting and name in true.rows:
                 _add(drifting[name], true.rows[name] - rows, rows)
         for name in adding:
             _add(drifts[name].sums, true.sums[name] - seen.sums[name], seen.rows[first_of[name]])
-    over = None if others is None else sums.so_far()
-    for run in others or ():
-        seen = Seen(run, linears, names, {name: adding[name] for name in weighed})
-        for name in weighed:
-            _weigh(seen.sums[name], name, seen.rows)
-        for name, rows in seen.rows.items():
-            sums.add(name, rows)
     statistics = sums.statistics()
     with full_precision():
         for name in adding if alone else ():  # `Σ W x xᵀ`, which was left out
-            drifts[name].sums.addmm_(weight_of(linears[name]).float(), (over or statistics)[first_of[name]].gram, alpha=-1)
+            drifts[name].sums.addmm_(weight_of(linears[name]).float(), statistics[first_of[name]].gram, alpha=-1)
     for name, drift in drifts.items():
         if not all_finite(drift.total):
             raise ModelError(
                 f"the activations around {name} hold NaN, Inf or values beyond float32 on the calibration text; the model itself overflows"
             )
-    if over is not None:
-        drifts = {name: replace(drift, over=over[first_of[name]]) for name, drift in drifts.items()}
     return statistics, drifts
 
 
@@ -152,10 +140,10 @@ def _add(total: Tensor, difference: Tensor, rows: Tensor) -> None:
         total.addmm_(difference.T, rows)
 
 
-def _weigh(stream: Tensor, name: str, *of_tokens: dict[str, Tensor]) -> None:
-    """Divides what these have of a layer, token by token, by the root mean square of the stream that its output is added to."""
-    scale = stream.square().mean(1, keepdim=True).clamp_min(_LEAST).rsqrt()
-    for tensors in of_tokens:
+def _weigh_by_stream(true: Seen, seen: Seen, name: str) -> None:
+    """Divides what a layer is given, and both streams with its output in them, by the root mean square of the original's, by token."""
+    scale = true.sums[name].square().mean(1, keepdim=True).clamp_min(_LEAST).rsqrt()
+    for tensors in (seen.rows, true.sums, seen.sums):
         tensors[name] = tensors[name] * scale
 
 

@@ -184,12 +184,11 @@ def _phases(
     waits: as of `storage.waiting`."""
     calib = spec.calib
     sequences, tokens = calib.samples + calib.heldout_samples, (calib.samples + calib.heldout_samples) * calib.seq_len
-    beside = storage.corrected_on(spec) + calib.heldout_samples if spec.corrects else 0  # sequences that the original model runs on too
+    beside = spec.corrects  # the original model's own activations
     phases = {
         name: Work() for name in ("embed", "gradients", "survey", "load", "capture", "solve", "apply", "store", "propagate", "export")
     }
-    entered = Work(disk=3 * sizes.outer, streamed=8.0 * tokens * decoder.width)
-    phases["embed"] = entered + beside / sequences * entered
+    phases["embed"] = (1 + beside) * Work(disk=3 * sizes.outer, streamed=8.0 * tokens * decoder.width)
     if spec.follows_back:
         phases["gradients"] = _gradients(spec, decoder, forwards, sizes)
     if spec.spends:
@@ -206,10 +205,9 @@ def _phases(
         if index < last:
             phases["propagate"] += read + written
         for parts, share in ((True, kept), (False, 1 - kept)):
-            for original, paired, times in ((False, True, beside), (False, False, sequences - beside), (True, True, beside)):
+            for original, to_sums, times in ((False, beside, sequences), (True, True, beside * sequences)):
                 possible = storage.parts_kept(spec, forward, prefix, chosen, original) if parts else ()
-                unchanged = original or spec.propagate == "dense"
-                captured, onwards = rounds.forwards(forward, asked, possible, unchanged, to_sums=spec.corrects, muted=paired)
+                captured, onwards = rounds.forwards(forward, asked, possible, original or spec.propagate == "dense", to_sums)
                 phases["capture"] += share * times * captured
                 if index < last:
                     phases["propagate"] += share * times * onwards
@@ -220,7 +218,7 @@ def _phases(
                 ends = {prefix + part.last for part in forward.parts}  # most are added to the residual stream, which takes less
                 added, columns = bool(ends & set(names)), shapes[names[0]][1]
                 rows = sum(shapes[name][0] for name in names) if added else columns
-                phases["capture"] += algebra.drift(rows, columns, beside * group_of[names[0]].tokens, added)
+                phases["capture"] += algebra.drift(rows, columns, sequences * group_of[names[0]].tokens, added)
                 phases["solve"] += Work() if spec.chooses_correction else algebra.damped_cholesky(shapes[names[0]][1])
             for name in names:
                 layer, rank = chosen[name], min(chosen[name].rank, *shapes[name])

@@ -17,13 +17,12 @@ def kept_bytes(parts: Collection[Part], original: bool) -> int:
 
 
 def forwards(
-    forward: BlockForward, rounds: Sequence[Collection[str]], parts: Collection[Part], original: bool, to_sums: bool, muted: bool = True
+    forward: BlockForward, rounds: Sequence[Collection[str]], parts: Collection[Part], original: bool, to_sums: bool
 ) -> tuple[Work, Work]:
     """The work of one sequence: until the last round is captured, and of the forward to the next block.
 
     rounds: the layers, by their names in the block, whose inputs one forward is for. parts: that are kept. original: no layer changes, so
-    all are final. to_sums: a forward goes on to where the outputs of its layers are added to something. muted: without the output of a
-    layer alone, while it is being compressed.
+    all are final. to_sums: a forward goes on to where the outputs of its layers are added to something.
     """
     kept: dict[Part, bool] = {}  # whether its output is, not its input
     final: set[str] = set().union(*(part.layers for part in parts)) if original else set()
@@ -48,7 +47,7 @@ def forwards(
     for asked in rounds:
         ends, adding = [before[name] for name in asked], [part for part in forward.parts if part.last in asked and to_sums]
         captured += run(asked, max([*ends, *(part.left for part in adding)], key=lambda work: work.products))
-        if muted and len(adding) == 1 and not original and any(set(asked) <= set(group.names) for group in forward.groups):
-            captured -= adding[0].ending
+        if len(adding) == 1 and not original and any(set(asked) <= set(group.names) for group in forward.groups):
+            captured -= adding[0].ending  # the layer is muted
         final |= set(asked)
     return captured, run((), forward.whole)

@@ -15,8 +15,6 @@ from cloq.report.record import STORED_ADAPTER_BITS
 from cloq.specs import LayerSpec, QuantSpec, RunSpec
 from cloq.streaming.device import place_aside, place_to_wait
 from cloq.streaming.fisher import TOKENS
-from cloq.streaming.pipeline import CORRECTED_ON
-from cloq.streaming.sampled import sequences_of
 
 Shape = tuple[int, int]
 
@@ -86,17 +84,7 @@ def quantized_bits(shape: Shape, quant: QuantSpec) -> int:
 
 def followed_back(spec: RunSpec) -> int:
     """Tokens whose loss is followed back through the model; see `cloq.streaming.fisher`."""
-    return spec.calib.seq_len * sequences_of(TOKENS, spec.calib.seq_len, spec.calib.samples)
-
-
-def corrected_on(spec: RunSpec) -> int:
-    """Calibration sequences that the original model runs on beside the compressed one."""
-    return sequences_of(CORRECTED_ON, spec.calib.seq_len, spec.calib.samples) if spec.corrects else 0
-
-
-def corrects_on_some(spec: RunSpec) -> bool:
-    """Whether there are more than those."""
-    return spec.corrects and corrected_on(spec) < spec.calib.samples
+    return spec.calib.seq_len * min(spec.calib.samples, math.ceil(TOKENS / spec.calib.seq_len))
 
 
 @dataclass(frozen=True)
@@ -110,8 +98,8 @@ class Waiting:
 def waiting(spec: RunSpec, decoder: Decoder) -> dict[str, Waiting]:
     """By the name that the plan has for it."""
     calib = spec.calib
-    sequences = calib.samples + corrected_on(spec) + (1 + spec.corrects) * calib.heldout_samples
-    activations = sequences * calib.seq_len * decoder.bytes_of_a_token
+    streams = (1 + spec.corrects) * (calib.samples + calib.heldout_samples)
+    activations = streams * calib.seq_len * decoder.bytes_of_a_token
     found = {ACTIVATIONS: Waiting(activations, place_to_wait(spec, decoder.device, activations))}
     if spec.follows_back:
         given = len(decoder.blocks) * followed_back(spec) * decoder.bytes_of_a_token
@@ -155,10 +143,8 @@ def _solving(
     spec: RunSpec, decoder: Decoder, chosen: dict[str, LayerSpec], shapes: dict[str, Shape], forwards: list[BlockForward], spare: float,
 ) -> dict[str, float]:  # fmt: skip
     def matrices(name: str) -> int:
-        """Sums over the calibration tokens and over the held-out ones, of both the drift too, which experts have none of; and over those
-        of the calibration tokens that the drift is of."""
-        drifts = spec.corrects and name not in decoder.expert_layers
-        return (1 + (spec.calib.heldout_samples > 0)) * (1 + drifts) + (drifts and corrects_on_some(spec))
+        """Sums over the calibration tokens and over the held-out ones, of both the drift too, which experts have none of."""
+        return (1 + (spec.calib.heldout_samples > 0)) * (1 + (spec.corrects and name not in decoder.expert_layers))
 
     grams = []
     for index, forward in enumerate(forwards):
@@ -188,12 +174,11 @@ def parts_kept(
 
 def kept(spec: RunSpec, decoder: Decoder, chosen: dict[str, LayerSpec], forwards: list[BlockForward]) -> float:
     """Bytes that the parts of the largest block take which are not run again, if there is room for all."""
-    most, heldout = 0.0, spec.calib.heldout_samples
+    most, sequences = 0.0, spec.calib.samples + spec.calib.heldout_samples
     for index, forward in enumerate(forwards):
         prefix = decoder.block_name(index) + "."
         own = kept_bytes(parts_kept(spec, forward, prefix, chosen, original=False), spec.propagate == "dense")
-        beside = (corrected_on(spec) + heldout) * kept_bytes(forward.parts, original=True) if spec.corrects else 0
-        most = max(most, (spec.calib.samples + heldout) * own + beside)
+        most = max(most, sequences * (own + spec.corrects * kept_bytes(forward.parts, original=True)))
     return most
 
 

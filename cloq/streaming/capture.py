@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 
 from torch import nn
@@ -28,12 +27,12 @@ def groups_of(decoder: Decoder, index: int, linears: dict[str, nn.Module], forwa
 
 def statistics(
     decoder: Decoder, linears: dict[str, nn.Module], groups: list[list[str]], forwards: Forwards,
-    processes: Processes = ALONE, reference: Reference | None = None, partly: bool = False,
+    processes: Processes = ALONE, reference: Reference | None = None,
 ) -> tuple[dict[str, LayerStats], dict[str, Drift]]:  # fmt: skip
     """Gram matrices of each group's input, by its first layer, and beside a reference the drift of every layer.
 
-    forwards: of this process's own batches. partly: on this process or another the reference runs on the first ones alone. A layer that no
-    token reached has a zero matrix. Raises `ModelError` for activations that are not finite.
+    forwards: of this process's own batches. A layer that no token reached has a zero matrix. Raises `ModelError` for activations that are
+    not finite.
     """
     names, positions = [name for group in groups for name in group], range(len(forwards.batches))
     if reference is None:
@@ -41,18 +40,11 @@ def statistics(
         own, drifts = gram_matrices(runs, linears, [group[0] for group in groups]), {}
     else:
         watched = hooks_on(linears, adding_layers(groups, reference.joined))
-        runs = [partial(forwards.run, position, names, watched) for position in positions]
-        paired = len(reference.batches)
-        pairs = ((run, partial(reference.seen, position)) for position, run in enumerate(runs[:paired]))
-        others = runs[paired:] if partly else None
-        own, drifts = paired_statistics(pairs, linears, groups, reference.joined, decoder.expert_layers, others)
+        pairs = ((partial(forwards.run, position, names, watched), partial(reference.seen, position)) for position in positions)
+        own, drifts = paired_statistics(pairs, linears, groups, reference.joined, decoder.expert_layers)
     if processes.size > 1:
         own = summed(own, processes.total, processes.add)
         processes.add(sums_of(drifts))
-        if partly and reference is not None:
-            over = {group[0]: drifts[group[0]].over for group in groups if group[0] in drifts}
-            over = summed(over, processes.total, processes.add)
-            drifts = {name: replace(drifts[name], over=over[group[0]]) for group in groups for name in group if name in drifts}
     return own, drifts
 
 

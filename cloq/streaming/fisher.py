@@ -17,11 +17,21 @@ from cloq.models import Decoder, followed, linear_shape, squared_gradients
 from cloq.specs import LayerSpec, RunSpec
 from cloq.streaming.device import place_aside, waiting_in
 from cloq.streaming.distributed import Processes
-from cloq.streaming.sampled import sampled
 from cloq.streaming.store import Store
 
 TOKENS = 12_288
 """Calibration tokens that the loss is followed back from."""
+
+
+def sampled(own: Tensor, processes: Processes) -> dict[int, int]:
+    """Of this process's calibration tokens `(sequences, length)`, those whose loss is followed back: number among all → row.
+
+    Of those of all processes some are taken at even distances, the same however many processes there are; the first process has some.
+    """
+    total = processes.total({"sequences": len(own)})["sequences"]
+    count = min(total, math.ceil(TOKENS / own.shape[1]))
+    taken = {number * total // count for number in range(count)}
+    return {number: row for row, number in enumerate(processes.share(torch.arange(total)).tolist()) if number in taken}
 
 
 def squared_gradients_of(
@@ -35,7 +45,7 @@ def squared_gradients_of(
     found = processes.on_first(store.kept_gradients)
     if found is None:
         names = [name for name in decoder.all_linears() if not layers[name].dense]
-        mine = sampled(own, processes, TOKENS)
+        mine = sampled(own, processes)
         if mine:
             given = len(decoder.blocks) * len(mine) * followed(own.shape[1]) * decoder.bytes_of_a_token
             aside = waiting_in(place_aside(spec, given, processes.here), store.folder)

@@ -31,7 +31,6 @@ from cloq.streaming.fisher import output_weights, squared_gradients_of
 from cloq.streaming.layers import plan_layers
 from cloq.streaming.manifest import manifest
 from cloq.streaming.memory import is_out_of_memory, spare_memory, with_less_memory
-from cloq.streaming.sampled import sampled
 from cloq.streaming.solve import solve_layer
 from cloq.streaming.store import Store, differences
 from cloq.streaming.survey import budgeted
@@ -39,9 +38,6 @@ from cloq.types import GivenBase, LayerResult, LayerStats
 
 Emit = Callable[[str, dict[str, Any]], None]
 """Receives what happens, as a name and plain values: `damaged`, `memory`, `start`, `replay`, `layer`, `block`, `phase`, `done`."""
-
-CORRECTED_ON = 65_536
-"""Calibration tokens at most that the original model runs on beside the compressed one, for what each layer has to make up for."""
 
 FORWARDS = ("embed", "gradients", "survey", "capture", "propagate")
 """Phases whose memory grows with the micro-batch."""
@@ -103,15 +99,13 @@ def _refuse_differing(processes: Processes, about: dict[str, Any]) -> None:
 class _Streams:
     """The activations on their way through the blocks, this process's own; each is replaced in place, block after block.
 
-    reference, unseen: the original model's, of the calibration and of the held-out tokens, where the run corrects. partly: the former of
-    some of the tokens, the first of this process's.
+    reference, unseen: the original model's, of the calibration and of the held-out tokens, where the run corrects.
     """
 
     calibration: list[Batch]
     heldout: list[Batch]
     reference: Reference | None
     unseen: Reference | None
-    partly: bool
 
     @property
     def references(self) -> list[Reference]:
@@ -201,29 +195,15 @@ class _Loop:
     def _entered(self, tokens: CalibrationTokens) -> _Streams:
         """What the first block is given; of several processes some may have no tokens."""
 
-        first, others, partly = self._corrected_on(tokens.calibration)
-        size = (tokens.calibration.numel() + tokens.heldout.numel()) * self.decoder.bytes_of_a_token
-        if self.spec.corrects:
-            size += (first.numel() + tokens.heldout.numel()) * self.decoder.bytes_of_a_token
+        size = (2 if self.spec.corrects else 1) * (tokens.calibration.numel() + tokens.heldout.numel()) * self.decoder.bytes_of_a_token
         waiting = waiting_in(place_to_wait(self.spec, self.decoder.device, size, self.processes.here), self.store.folder)
 
         def enter(part: Tensor, first_alone: bool) -> list[Batch]:
             return self.decoder.enter(part, self.spec.batch_tokens, first_alone, waiting) if len(part) else []
 
-        reference = Reference(self.decoder, enter(first, True)) if self.spec.corrects else None
+        reference = Reference(self.decoder, enter(tokens.calibration, True)) if self.spec.corrects else None
         unseen = Reference(self.decoder, enter(tokens.heldout, False)) if self.spec.corrects and self.spec.calib.heldout_samples else None
-        calibration = enter(first, True) + enter(others, not len(first))
-        return _Streams(calibration, enter(tokens.heldout, False), reference, unseen, partly)
-
-    def _corrected_on(self, own: Tensor) -> tuple[Tensor, Tensor, bool]:
-        """This process's calibration tokens: those that the original model runs on too, the others, and whether there are any of these on
-        any process."""
-        if not self.spec.corrects:
-            return own, own[:0], False
-        rows = [*sampled(own, self.processes, CORRECTED_ON).values()]
-        others = sorted({*range(len(own))} - {*rows})
-        partly = self.processes.total({"others": len(others)})["others"] > 0
-        return own[rows], own[others], partly
+        return _Streams(enter(tokens.calibration, True), enter(tokens.heldout, False), reference, unseen)
 
     def _block(self, index: int, streams: _Streams, kind: Kind, room: Room) -> _Block:
         linears, prefix = self.decoder.linears(index), self.decoder.block_name(index) + "."
@@ -249,7 +229,7 @@ class _Loop:
         for together in decoder.rounds(groups, self.spec.one_by_one):
             owner = shared_out(together, {name: linear_shape(linears[name]) for group in together for name in group}, processes.size)
             with self.clock("capture"):
-                stats, drifts = statistics(decoder, linears, together, block.calibration, processes, streams.reference, streams.partly)
+                stats, drifts = statistics(decoder, linears, together, block.calibration, processes, streams.reference)
                 stats |= top_up_experts(decoder, linears, block.calibration, stats, processes)
                 unseen, unseen_drifts = {}, {}
                 if self.spec.calib.heldout_samples:

@@ -26,9 +26,8 @@ from cloq.specs import LayerSpec, RunSpec, mixes, ruled
 from cloq.streaming.budget import Offer, choose
 from cloq.streaming.capture import groups_of, statistics, top_up_experts
 from cloq.streaming.distributed import Processes, shared_out
-from cloq.streaming.fisher import TOKENS
+from cloq.streaming.fisher import sampled
 from cloq.streaming.memory import spare_memory
-from cloq.streaming.sampled import sampled
 from cloq.streaming.store import Store
 from cloq.types import GivenBase, LayerStats
 
@@ -97,8 +96,8 @@ def survey(
     spec: RunSpec, decoder: Decoder, layers: Mapping[str, LayerSpec], own: Tensor, squared: Mapping[str, Tensor], processes: Processes,
     given: GivenBase | None = None,
 ) -> Survey:  # fmt: skip
-    """Goes once through the original model, on those tokens whose loss was followed back (`fisher.TOKENS`)."""
-    mine = sampled(own, processes, TOKENS)
+    """Goes once through the original model, on those tokens whose loss was followed back (`fisher.sampled`)."""
+    mine = sampled(own, processes)
     batches = decoder.enter(own[[*mine.values()]], spec.batch_tokens, True) if mine else []
     look = _Look(spec, decoder, layers, squared, processes, given)
     kinds, room = Kinds(decoder, False, processes.on_first), spare_memory(decoder.device, processes.here)

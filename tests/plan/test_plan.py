@@ -132,8 +132,7 @@ def test_what_there_is_room_for_is_not_computed_again(decoder):
     ids=str,
 )
 @pytest.mark.parametrize("spare", [0, 1 << 40])
-@pytest.mark.parametrize("corrected_on", [3, 12])
-def test_the_forwards_of_a_run_are_those_of_its_plan(settings, spare, corrected_on, tmp_path, monkeypatch):
+def test_the_forwards_of_a_run_are_those_of_its_plan(settings, spare, tmp_path, monkeypatch):
     """Products of weights and activations, counted in every layer that a run calls (and does not mute), against the plan's."""
     done = []
 
@@ -152,8 +151,6 @@ def test_the_forwards_of_a_run_are_those_of_its_plan(settings, spare, corrected_
         for module in decoder.linears(index).values():
             module.register_forward_hook(lambda m, x, y: "forward" in vars(m) or done.append(2.0 * y.numel() * m.in_features))  # not muted
     monkeypatch.setattr(pipeline, "spare_memory", lambda *device: spare)
-    for module in ("plan.storage", "streaming.pipeline"):
-        monkeypatch.setattr(f"cloq.{module}.CORRECTED_ON", corrected_on * 16)
     monkeypatch.setattr(pipeline.Kinds, "of", uncounted(pipeline.Kinds.of))
     monkeypatch.setattr(pipeline, "groups_of", uncounted(pipeline.groups_of))
     settings = settings | {"calib_samples": 12}  # the look at a block leaves something of its one sequence to the forwards that are counted

@@ -324,28 +324,6 @@ def test_four_processes_find_what_one_finds(alone, work):
     assert events[0].count("layer") == 21 and events[0].count("block") == 3 and not any(events[1:])
 
 
-def a_run_corrected_on(tokens: int, spec: RunSpec, out: Path) -> list[int]:
-    """How many sequences each stream of the run starts with on this process, where the original model runs on so many tokens."""
-    pipeline.CORRECTED_ON = tokens
-    return a_run(spec, out)["sequences"]
-
-
-def test_the_original_model_runs_on_the_same_tokens_on_four_processes(work, tmp_path):
-    """Two sequences of six, the first and the fourth; the processes of the others sum nothing of it."""
-    spec = spec_of(work, rounds=0, only="*.layers.0.*")
-    found = {}
-    for processes in (1, 2, 4):
-        outcomes = several(processes, a_run_corrected_on, 64, spec, tmp_path / str(processes))
-        assert [outcome.error for outcome in outcomes] == [None] * processes
-        found[processes] = [outcome.value for outcome in outcomes]
-        close_to(results(tmp_path / "1"), results(tmp_path / str(processes)), flips=0.02)
-    assert found[1] == [[2, 3, 2, 4, 3]]  # the original's, and held out; both models', those that it does not run on, and held out
-    assert found[2] == [[1, 1, 1, 2, 1], [1, 2, 1, 2, 2]]
-    assert found[4] == [[1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 1], [1, 1, 1]]  # nothing held out; all; not the original's; nor here
-    several(2, a_run_corrected_on, 6 * 32, spec, tmp_path / "all")
-    assert digest(tmp_path / "all") != digest(tmp_path / "2")
-
-
 def test_the_same_bytes_on_every_run(two, work, tmp_path):
     finish(2, spec_of(work), tmp_path / "again")
     assert digest(tmp_path / "again") == digest(two)
