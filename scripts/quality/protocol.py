@@ -20,7 +20,8 @@ class Protocol:
     calib: calibration text; the training text if not given. group_size: 0 is one group per output channel. propagate: of the runs that fit
     factors to data, `None` for `adapter`; the base that all share is always calibrated through its own compressed prefix. precision: of the
     products in training, `fp32` or `bf16` (autocast; factors, their optimizer and evaluation are float32 in both). tasks: answered before
-    and after training, on `task_rows` rows of each out of `task_data`. calib_seed: of the choice of calibration sequences.
+    and after training, on `task_rows` rows of each out of `task_data`. calib_seed: of the choice of calibration sequences. rounds: of
+    methods that leave them open, `None` for the default.
     """
 
     model: str
@@ -44,6 +45,7 @@ class Protocol:
     calib_seed: int = 0
     propagate: str | None = None
     sequential: bool = True
+    rounds: int | None = None
     precision: str = "fp32"
     tasks: tuple[str, ...] = ()
     task_data: str | None = None
@@ -59,6 +61,7 @@ class Protocol:
         silent = [] if self.tasks else ["tasks", "task_data", "task_rows"]
         silent += ["propagate"] if self.propagate is None else []
         silent += ["sequential"] if self.sequential else []
+        silent += ["rounds"] if self.rounds is None else []
         silent += ["calib_seed"] if self.calib_seed == 0 else []
         silent += ["precision"] if self.precision == "fp32" else []
         return {name: value for name, value in values.items() if name not in silent}
@@ -68,7 +71,11 @@ class Protocol:
 
     def value(self, setting: str) -> Any:
         """What the setting amounts to, defaults resolved, for comparison with a sweep's values."""
-        return {"calib": self.calibration_text, "propagate": self.propagate or "adapter"}.get(setting, getattr(self, setting))
+        from cloq.specs import LoraSpec
+
+        resolved = {"calib": self.calibration_text, "propagate": self.propagate or "adapter"}
+        resolved["rounds"] = LoraSpec().rounds if self.rounds is None else self.rounds
+        return resolved.get(setting, getattr(self, setting))
 
 
 def _whether(text: str) -> bool:
@@ -87,6 +94,7 @@ def _propagate(text: str) -> str:
 
 SWEPT: dict[str, Callable[[str], Any]] = {
     "rank": int, "group_size": int, "calib": str, "calib_samples": int, "calib_len": int, "propagate": _propagate, "sequential": _whether,
+    "rounds": int,
 }  # fmt: skip
 """Settings that can be swept → how a value is read."""
 
@@ -166,5 +174,6 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def read_protocol(args: Namespace) -> Protocol:
-    """`calib_seed` is a cell's, not the command's."""
-    return Protocol(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Protocol) if field.name != "calib_seed"})
+    """`calib_seed` is a cell's and `rounds` a sweep's, not the command's."""
+    names = {field.name for field in dataclasses.fields(Protocol)} - {"calib_seed", "rounds"}
+    return Protocol(**{name: getattr(args, name) for name in names})

@@ -60,6 +60,8 @@ class Starts:
         extra = dict(method.settings)
         name = "-".join([method.init, *(str(value) for value in extra.values())])
         fitted = grid | extra | {"init": method.init, "propagate": protocol.propagate or "adapter"}
+        if protocol.rounds is not None:
+            fitted["rounds"] = protocol.rounds
         if method.init == "loftq":
             return self._run(protocol.changed(_ONE), f"{start.bits}-own-{name}{tag(changes)}", **fitted | _DATA_FREE)
         if method.base == "own":

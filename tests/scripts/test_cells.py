@@ -80,6 +80,22 @@ def test_every_point_once_and_only_where_it_means_something():
     assert applied("zero", (("propagate", "dense"), ("rank", 8))) == (("rank", 8),)
 
 
+def test_rounds_are_swept_of_methods_that_leave_them_open():
+    sweep = Sweep.parse(["rounds", "0", "3", "16"])
+    names = [start.name for start in starts(PROTOCOL, [2], ["lora-16", "loftq", "cloq", "cloq-paper", "cloq-best", "cloq-run"], [sweep])]
+    assert names == [
+        "16-lora-16",
+        "2-loftq",
+        "2-cloq",
+        "2-cloq-paper",
+        "2-cloq-best",
+        "2-cloq-run",
+        "2-cloq-run-rounds-0",
+        "2-cloq-run-rounds-16",
+    ]
+    assert PROTOCOL.changed(sweep.changes(PROTOCOL, 16)).record() == EARLIER | {"rounds": 16} and PROTOCOL.record() == EARLIER
+
+
 def test_seeds_are_outermost():
     cells = list(grid([Start(2, "zero"), Start(2, "cloq")], [1e-3, 1e-4], [0, 1]))
     assert [cell.seed for cell in cells] == [0] * 4 + [1] * 4 and len(set(cells)) == 8
