@@ -97,14 +97,14 @@ class LoraSpec(Spec):
     init: str = "cloq"
     rank: int = 64
     split: str = "balanced"
-    rounds: int = 3
+    rounds: int = 8
     iterations: int = 5
 
     def __post_init__(self):
         one_of("init", self.init, INITIALIZER_NAMES)
         one_of("split", self.split, SPLIT_NAMES)
         require(1 <= self.rank <= 4096, f"rank is {self.rank}; allowed: 1 to 4096 (16 to 128 is usual)")
-        require(0 <= self.rounds <= 100, f"rounds is {self.rounds}; allowed: 0 to 100 (0 to 4 is usual)")
+        require(0 <= self.rounds <= 100, f"rounds is {self.rounds}; allowed: 0 to 100 (0 to 16 is usual)")
         require(1 <= self.iterations <= 100, f"iterations is {self.iterations}; allowed: 1 to 100")
         _refuse_ignored(self, "init", INITIALIZER_SETTINGS)
 
