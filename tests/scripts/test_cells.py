@@ -10,6 +10,8 @@ from quality.cells import Cell, Kept, Start, applied, grid, starts
 from quality.methods import METHODS
 from quality.protocol import Protocol, Sweep, read_protocol
 
+from cloq.specs import LoraSpec
+
 LINE = ["m", "--train", "a.txt", "--valid", "b.txt", "--test", "c.txt", "--out", "o"]
 PROTOCOL = Protocol("m", "a.txt", "b.txt", "c.txt")
 EARLIER = {
@@ -81,7 +83,7 @@ def test_every_point_once_and_only_where_it_means_something():
 
 
 def test_rounds_are_swept_of_methods_that_leave_them_open():
-    sweep = Sweep.parse(["rounds", "0", "3", "16"])
+    sweep = Sweep.parse(["rounds", "0", str(LoraSpec().rounds), "16"])
     names = [start.name for start in starts(PROTOCOL, [2], ["lora-16", "loftq", "cloq", "cloq-paper", "cloq-best", "cloq-run"], [sweep])]
     assert names == [
         "16-lora-16",
