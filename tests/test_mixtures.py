@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +46,13 @@ def text(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, text):
-    """A finished run of each family, made once."""
-    known: dict[str, Any] = {}
+    """A finished run of each family, made once for all that ask for the same settings."""
 
-    def run(family: str):
-        if family not in known:
-            root = tmp_path_factory.mktemp(family)
-            model = save_tiny(family, root / "model", num_hidden_layers=2, **FAMILIES[family])
-            known[family] = cloq.quantize(str(model), out=root / "out", calib=str(text), **SETTINGS)
-        return known[family]
+    @cache
+    def run(family: str, **settings: Any):
+        root = tmp_path_factory.mktemp(family)
+        model = save_tiny(family, root / "model", num_hidden_layers=2, **FAMILIES[family])
+        return cloq.quantize(str(model), out=root / "out", calib=str(text), **SETTINGS | settings)
 
     return run
 
@@ -173,16 +172,13 @@ torch.save(model(input_ids=torch.load(sys.argv[2])).logits.float(), sys.argv[3])
 
 @gptq
 def test_gptqmodel_itself_reads_packed_experts(runs, tmp_path):
-    """In bfloat16, which is what its loader computes in on a CPU, so the tolerance is of that precision; one token of the 24 may be so near
-    a tie between two experts that the rounding sends it to the other. In a process of its own, because it takes the experts of
-    transformers' classes apart for good."""
-    result = runs("mixtral")
+    """In bfloat16, which is what its loader computes in on a CPU, so the tolerance is of that precision. In a process of its own, because
+    it takes the experts of transformers' classes apart for good. Three rounds: with eight one of the 24 tokens is half of its size off."""
+    result = runs("mixtral", rounds=3)
     torch.save(TOKENS, tmp_path / "tokens")
     arguments = [result.out / "model", tmp_path / "tokens", tmp_path / "logits"]
     subprocess.run([sys.executable, "-c", GPTQMODEL, *map(str, arguments)], check=True, capture_output=True)
-    found, expected = torch.load(tmp_path / "logits"), logits(of_store(result).reference())
-    off = ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).flatten().sort().values
-    assert len(off) == 24 and float(off[-2]) <= 0.05
+    assert close(torch.load(tmp_path / "logits"), logits(of_store(result).reference()), 0.1)
 
 
 def test_a_dense_base_gets_its_experts_factors_too(tmp_path):

@@ -35,9 +35,9 @@ class Method:
             return frozenset({"rank", "group_size"})
         if self.base == "gptqmodel":
             return _CALIBRATION | {"rank", "group_size"}
-        rounds = {"rounds"} if self.base == "own" and "effort" not in dict(self.settings) else set()
         fitted_to_data = self.base == "own" or self.init in ("cloq", "eora", "qera")
-        return _CALIBRATION | {"rank", "group_size", "sequential"} | ({"propagate"} if fitted_to_data else set()) | rounds
+        moved = _CALIBRATION | {"rank", "group_size", "sequential"} | ({"propagate"} if fitted_to_data else set())
+        return moved | {"rounds"} if self.base == "own" and "effort" not in dict(self.settings) else moved
 
 
 METHODS = {
