@@ -4,6 +4,7 @@
     … --tasks arc_easy,piqa --task-data FOLDER --task-rows 200            accuracy before and after, too
     … --methods cloq gptqmodel-eora peft-loftq                            beside what other libraries make (scripts/quality/rivals.py)
     … --methods cloq eora --sweep rank 8 16 32 64 128 --sweep calib-samples 8 32 128      one table and figure more for each sweep
+    … --methods cloq eora --lrs 3e-4 1e-3 --kept          tables and figures of what several commands left, each method at rates of its own
 
 Every cell (bits, method, learning rate, seed, and what a sweep changes) is one training run, kept in OUT/cells as it ends; what training
 starts from is measured once, and kept in OUT/before. The same command continues where it stopped, and makes OUT/table.md, results.json
@@ -53,9 +54,10 @@ from cloq.errors import CloqError
 
 
 class Bench:
-    """What is made on the way from a cell's name to its result; nothing that is kept already is made again."""
+    """What is made on the way from a cell's name to its result; nothing that is kept already is made again, and with `kept_only` nothing
+    is made at all."""
 
-    def __init__(self, protocol: Protocol, out: Path, runs: Path, minutes: float, redraw: bool):
+    def __init__(self, protocol: Protocol, out: Path, runs: Path, minutes: float, redraw: bool, kept_only: bool = False):
         from quality.answers import read_tasks
         from quality.starts import Starts
         from quality.training import read_texts
@@ -63,6 +65,7 @@ class Bench:
         self._protocol, self._starts = protocol, Starts(protocol, runs, minutes)
         self._tasks, self._texts = read_tasks(protocol), read_texts(protocol)  # first: what is not there leaves no folder behind
         self._cells, self._before, self._redraw = Kept(out / "cells"), Kept(out / "before"), redraw
+        self._kept_only = kept_only
         self.refused: dict[Start, str] = {}
 
     def results(self, cells: Iterable[Cell]) -> dict[Cell, dict[str, Any]]:
@@ -71,11 +74,12 @@ class Bench:
         return {cell: result for cell, result in found if result is not None}
 
     def result(self, cell: Cell) -> dict[str, Any] | None:
-        """`None` where the start is another library's, and it refused; `refused` says why."""
+        """`None` where the start is another library's, and it refused; `refused` says why. Also where nothing is to be made and it is not
+        there."""
         start = self._start(cell)
         protocol = self._protocol.changed(start.changes)
         kept = self._cells.get(cell.name, protocol)
-        if kept is not None or cell.start in self.refused:
+        if kept is not None or self._kept_only or cell.start in self.refused:
             return kept
         began = time.perf_counter()
         try:
@@ -143,6 +147,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=OWN, help="default: all but other libraries' own")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--redraw", action="store_true", help="seeds draw the calibration text too: each has bases and factors of its own")
+    parser.add_argument("--kept", action="store_true", help="tables and figures of the results that are there; nothing is trained")
     parser.add_argument("--lrs", type=float, nargs="+", default=[3e-4])
     parser.add_argument("--rate-seeds", type=int, nargs="+", default=[], help="of the seeds, those that the rate is chosen on; all")
     parser.add_argument("--sweep", nargs="+", action="append", default=[], metavar=("SETTING", "VALUE"), help="repeatable; see above")
@@ -161,10 +166,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     quiet_libraries()
     protocol, out = read_protocol(args), Path(args.out)
     sweeps = [Sweep.parse(words) for words in args.sweep]
-    bench = Bench(protocol, out, Path(args.runs) if args.runs else out / "runs", args.rival_minutes, args.redraw)
+    bench = Bench(protocol, out, Path(args.runs) if args.runs else out / "runs", args.rival_minutes, args.redraw, args.kept)
     points = starts(protocol, args.bits, args.methods, sweeps)
     choosing = args.rate_seeds or args.seeds
     results = bench.results(grid(points, args.lrs, choosing))
+    if not results and args.kept:
+        raise SystemExit(f"error: {out / 'cells'} has no result of these methods, rates and seeds")
     rates, others = best_rates(results), [seed for seed in args.seeds if seed not in choosing]
     results |= bench.results(start.cell(rate, seed) for seed in others for start, rate in rates.items())
     write(protocol, sweeps, summarize(results, protocol.steps), bench, args)

@@ -95,6 +95,19 @@ def test_the_rate_may_be_chosen_on_some_of_the_seeds(place):
         run(place, "--methods", "zero", "--seeds", "0", "--rate-seeds", "1", out="rates")
 
 
+def test_what_several_commands_left_is_put_into_one_table_without_training(place, monkeypatch):
+    run(place, "--methods", "zero", "--seeds", "0", "--lrs", "1e-3", out="several")
+    out = run(place, "--methods", "cloq", "--seeds", "0", "1", "--lrs", "1e-4", out="several")
+    both, before = ["--methods", "zero", "cloq", "--seeds", "0", "1", "--kept"], kept(out)
+    monkeypatch.setattr(quality.training, "train", None)
+    run(place, *both, "--lrs", "1e-3", "1e-4", out="several")
+    rows = {row["method"]: row for row in json.loads((out / "results.json").read_text())["rows"]}
+    assert {name: (row["lr"], [*row["after"]]) for name, row in rows.items()} == {"zero": (1e-3, ["0"]), "cloq": (1e-4, ["0", "1"])}
+    assert kept(out) == before
+    with pytest.raises(SystemExit, match="has no result"):
+        run(place, *both, "--lrs", "1e-2", out="several")
+
+
 def test_seeds_may_draw_the_calibration_text_too(place):
     words = ["--methods", "lora-16", "zero", "cloq", "--seeds", "0", "1"]
     shared, own = run(place, *words, out="shared"), run(place, *words, "--redraw", out="own")
