@@ -37,6 +37,7 @@ rounding, and faster on a CPU. `--precision bf16` trains with products in bfloat
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import time
 from collections.abc import Iterable, Sequence
@@ -106,6 +107,7 @@ class Bench:
 
         from cloq.streaming.device import resolve_device
 
+        gc.collect()  # the last cell's model refers to itself, and the collector counts objects, not their bytes
         model = trainable_model(protocol, self._starts.pair(start)).to(resolve_device("auto"))
         before = self._before.get(start.name, protocol)
         if before is None:

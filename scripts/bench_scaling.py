@@ -33,7 +33,7 @@ def make(args: argparse.Namespace, blocks: int, tokens: int, width: int) -> dict
     out = Path(args.out) / f"blocks-{blocks}-tokens-{tokens}-width-{width}"
     kept = out / "found.json"
     if not kept.exists():
-        out.mkdir(parents=True, exist_ok=True)
+        save_model(args, blocks, width, out / "model")  # here: the child's peak is to be the run's
         point = ["--child", str(blocks), str(tokens), str(width), "--child-out", str(out)]
         if subprocess.run([sys.executable, __file__, *sys.argv[1:], *point], stdout=sys.stderr).returncode:
             raise SystemExit(f"{out.name} failed")
@@ -62,8 +62,7 @@ def child(args: argparse.Namespace) -> None:
     from cloq.plan import measure, plan
     from cloq.specs import run_spec
 
-    (blocks, tokens, width), out = args.child, Path(args.child_out)
-    save_model(args, blocks, width, out / "model")
+    (_, tokens, _), out = args.child, Path(args.child_out)
     calibration = {"calib": args.calib, "calib_samples": tokens // SEQ_LEN, "seq_len": SEQ_LEN}
     spec = run_spec(model=str(out / "model"), bits=args.bits, device="cpu", **calibration)
     planned = plan(spec, open_decoder(spec), measure("cpu", time.process_time))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 
@@ -93,6 +94,25 @@ def test_the_rate_may_be_chosen_on_some_of_the_seeds(place):
     assert all(row["after"].keys() == {"0", "1", "2"} for row in rows.values())
     with pytest.raises(SystemExit, match="--rate-seeds are some of the --seeds"):
         run(place, "--methods", "zero", "--seeds", "0", "--rate-seeds", "1", out="rates")
+
+
+def test_one_model_is_in_memory_at_a_time(place, monkeypatch):
+    from peft import PeftModel
+
+    there, train = [], quality.training.train
+    monkeypatch.setattr(quality.training, "train", lambda *a: there.append(models()) or train(*a))
+
+    def models() -> int:
+        return sum(isinstance(one, PeftModel) for one in gc.get_objects())
+
+    gc.collect()
+    before = models()
+    gc.disable()
+    try:
+        run(place, "--methods", "zero", "--seeds", "0", "1", "2", out="memory")
+    finally:
+        gc.enable()
+    assert there == [before + 1] * 3
 
 
 def test_what_several_commands_left_is_put_into_one_table_without_training(place, monkeypatch):
