@@ -29,6 +29,7 @@ from cloq.initializers import cloq as closed
 from cloq.plan import algebra, plan
 from cloq.plan.work import Machine, Work, measure
 from cloq.quantizers import Gptq, Magr
+from cloq.quantizers.grid import SHRINKS
 from cloq.specs import RunSpec, run_spec
 from cloq.streaming import pipeline, solve
 from cloq.streaming.device import resolve_device
@@ -36,6 +37,9 @@ from cloq.streaming.memory import peak_resident
 
 WHOLE = {"load": "load", "propagate": "propagate", "store": "store", "export": "pack and export", "apply": "apply", "embed": "embed"}
 """Phases of a run that are one part of the table, and what they are called there."""
+
+SEARCH_BYTES = (2 * len(SHRINKS) + 2) * 60
+"""For each weight whose group's scale is searched: every grid rounded to and compared, and the last one fitted."""
 
 SUMS = ("Gram sums", "drift sums")
 """Parts inside the capture; all others that have a clock are inside the solve."""
@@ -62,7 +66,7 @@ class Clocks:
 def clocked_run(spec: RunSpec, out: Path) -> tuple[Clocks, dict[str, float], float]:
     """The parts inside capture and solve, the run's own phases, and its seconds."""
     clocks = Clocks()
-    searched = Work(cached=float(algebra._SEARCH_BYTES)) if spec.quant.search else Work()
+    searched = Work(searched=1.0) if spec.quant.search else Work()
     wrapped = [
         (gram, "_add_upper_triangle", "Gram sums", lambda total, rows: algebra.gram(len(total), len(rows))),
         (paired, "_add", "drift sums", lambda total, off, rows: Work(products=2.0 * off.numel() * rows.shape[1])),
@@ -96,13 +100,17 @@ def parts(clocks: Clocks, phases: dict[str, float], planned: dict[str, Work], se
     return sorted(rows, key=lambda row: -row[1])
 
 
+def moved_bytes(work: Work) -> float:
+    return work.streamed + work.cached + SEARCH_BYTES * work.searched + work.disk
+
+
 def floor(work: Work, machine: Machine) -> float:
     """Seconds at the machine's best rates; calls are no work."""
     return (
         work.products / machine.products
         + work.wide / machine.wide
         + (work.streamed + work.disk) / machine.streamed
-        + work.cached / machine.cached
+        + (work.cached + SEARCH_BYTES * work.searched) / machine.cached
     )
 
 
@@ -149,7 +157,7 @@ def main() -> None:
     print("|---|---:|---:|---:|---:|---:|---:|")
     rows = []
     for part, took, work in parts(clocks, phases, planned.work, seconds):
-        least, operations, moved = floor(work, machine), work.products + work.wide, work.streamed + work.cached + work.disk
+        least, operations, moved = floor(work, machine), work.products + work.wide, moved_bytes(work)
         at = f"{least / took:.0%}" if least and took > 0 else ""
         print(f"| {part} | {took:.2f} | {took / seconds:.1%} | {operations / 1e9:.1f} | {moved / 1e9:.2f} | {least:.2f} | {at} |")
         rows.append({"part": part, "seconds": took, "operations": operations, "bytes": moved, "floor": least})

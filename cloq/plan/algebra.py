@@ -13,17 +13,16 @@ from cloq.initializers.cloq import compensated
 from cloq.plan.work import Work
 from cloq.quantizers.columns import INNER
 from cloq.quantizers.gptq import BLOCK
-from cloq.quantizers.grid import SHRINKS
 from cloq.quantizers.magr import Magr
 from cloq.specs import LoraSpec, QuantSpec
 
 Shape = tuple[int, int]
 
-_CALLS_PER_COLUMN = 12
+_CALLS_PER_COLUMN = 20
+_CALLS_PER_GROUP = 150
 _CHOLESKY = 0.7  # n³: the factorization needs a third, at half the speed of a product
 _EIGEN = 9.0  # n³
 _QR = 4.0  # out · in²: the triangle and the basis need 4, minus what the smaller square saves
-_SEARCH_BYTES = (2 * len(SHRINKS) + 2) * 60  # for each weight: every grid rounded to and compared, and the last one fitted
 _PROX_BYTES = 1300  # for each weight and step: some six rounds of Newton's iteration
 _KRYLOV_BLOCKS = 6
 _TRIED = 3.8  # dampings of a correction
@@ -57,9 +56,9 @@ def to_the_nearest(shape: Shape, quant: QuantSpec) -> Work:
 
 def _rounded(shape: Shape, quant: QuantSpec, search: bool) -> Work:
     out, columns = shape
-    work = Work(streamed=40.0 * out * columns)
+    work = Work(streamed=120.0 * out * columns)
     if search and quant.quantizer != "nf4":
-        work += Work(cached=float(_SEARCH_BYTES) * out * columns, calls=200.0 * columns / (quant.group_size or columns))
+        work += Work(searched=float(out) * columns, calls=float(_CALLS_PER_GROUP) * columns / (quant.group_size or columns))
     return work
 
 
@@ -68,7 +67,7 @@ def gptq(shape: Shape) -> Work:
     out, columns = shape
     return Work(
         products=damped_cholesky(columns).products + float(out) * columns * (columns + 2 * BLOCK),
-        cached=24.0 * out * columns * INNER / 2 + 40.0 * out * columns,
+        cached=48.0 * out * columns * INNER / 2 + 80.0 * out * columns,
         calls=float(_CALLS_PER_COLUMN) * columns,
     )
 
@@ -98,7 +97,7 @@ def descent(shape: Shape) -> Work:
     out, columns = shape
     return Work(
         products=2.0 * out * columns**2,
-        cached=16.0 * out * columns * INNER / 2 + 40.0 * out * columns,
+        cached=48.0 * out * columns * INNER / 2 + 80.0 * out * columns,
         calls=float(_CALLS_PER_COLUMN) * columns,
     )
 

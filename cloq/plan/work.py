@@ -8,22 +8,27 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from cloq.quantizers.columns import fit_grid
+
 _REACHED = 0.85  # products of real shapes run at this share of the fastest repetition of one that is in the cache
 _SIDE = 768  # of the square matrices that are multiplied, 2.4 MB each
 _LARGE = 1 << 22  # values in a tensor that no cache holds
 _SMALL = 1 << 15  # values in a tensor that a core's own cache holds
+_COLUMNS, _ROWS = 64, 1024  # of a group whose scale is searched
 
 
 @dataclass(frozen=True)
 class Work:
     """products: floating-point operations in float32 matrix products. wide: in float64 ones.
     streamed: bytes that elementwise operations on large tensors read and write. cached: bytes that they move within a cache.
-    calls: operations so small that only their number counts. disk: bytes read or written."""
+    searched: weights that a group's scale is searched for. calls: operations so small that only their number counts.
+    disk: bytes read or written."""
 
     products: float = 0.0
     wide: float = 0.0
     streamed: float = 0.0
     cached: float = 0.0
+    searched: float = 0.0
     calls: float = 0.0
     disk: float = 0.0
 
@@ -51,6 +56,7 @@ class Machine:
     wide: float
     streamed: float
     cached: float
+    searched: float
     calls: float
     disk: float = 3e8
 
@@ -67,7 +73,7 @@ def measure(device: str | torch.device = "cpu", clock: Callable[[], float] = tim
     wide = torch.float32 if device.type == "mps" else torch.float64
     single, double = (torch.full((_SIDE, _SIDE), 0.5, device=device, dtype=dtype) for dtype in (torch.float32, wide))
     large, small, tiny = (torch.ones(n, device=device) for n in (_LARGE, _SMALL, 16))
-    into = torch.empty_like(small)
+    into, group = torch.empty_like(small), torch.arange(_COLUMNS * _ROWS, device=device).sin().view(_COLUMNS, _ROWS)
 
     def rate(amount: float, run: Callable[[], object], repeat: int) -> float:
         return amount * repeat / _best(run, repeat, device, clock)
@@ -77,6 +83,7 @@ def measure(device: str | torch.device = "cpu", clock: Callable[[], float] = tim
         wide=_REACHED * rate(2.0 * _SIDE**3, lambda: double @ double, 2),
         streamed=rate(3.0 * large.nbytes, lambda: large * large, 2),
         cached=rate(3.0 * small.nbytes, lambda: torch.mul(small, small, out=into), 50),
+        searched=rate(1.0 * group.numel(), lambda: fit_grid(group, 2, symmetric=False, search=True), 4),
         calls=rate(1.0, lambda: tiny + tiny, 500),
     )
 

@@ -80,7 +80,7 @@ def test_settings_change_the_work_as_they_should():
     def solve(quant=QuantSpec(), lora=LoraSpec(rounds=0), **kwargs):  # noqa: B008 - frozen values
         return algebra.solve(shape, quant, lora, 16, True, **kwargs)
 
-    machine = Machine(1e9, 1e9, 1e9, 1e9, 1e5)
+    machine = Machine(1e9, 1e9, 1e9, 1e9, 1e6, 1e5)
     plain = solve().seconds(machine)
     assert solve(QuantSpec(magr=True)).seconds(machine) > plain > solve(QuantSpec(quantizer="rtn")).seconds(machine)
     assert solve(QuantSpec(search=False)).seconds(machine) < plain
@@ -95,9 +95,9 @@ def test_settings_change_the_work_as_they_should():
     assert solve(lora=LoraSpec(rounds=2), given=True) == solve(lora=LoraSpec(rounds=0), given=True)
 
 
-@given(st.integers(1, 5), st.lists(st.floats(0, 1e12), min_size=6, max_size=6))
+@given(st.integers(1, 5), st.lists(st.floats(0, 1e12), min_size=7, max_size=7))
 def test_work_is_linear(times, amounts):
-    work, machine = Work(*amounts), Machine(1e9, 2e9, 3e9, 4e9, 5e5, 6e8)
+    work, machine = Work(*amounts), Machine(1e9, 2e9, 3e9, 4e9, 5e6, 5e5, 6e8)
     total = sum([work] * times, Work())
     assert total.seconds(machine) == pytest.approx(times * work.seconds(machine))
     assert (times * work).seconds(machine) == pytest.approx(total.seconds(machine))
@@ -108,4 +108,4 @@ def test_a_measured_machine_reads_its_own_clock():
     ticks = iter(range(10_000))
     machine = measure("cpu", lambda: float(next(ticks)))
     assert machine.products == pytest.approx(0.85 * 4 * 2 * 768**3) and machine.wide == pytest.approx(machine.products / 2)
-    assert machine.calls == 500
+    assert machine.calls == 500 and machine.searched == 4 * 64 * 1024

@@ -18,7 +18,7 @@ from cloq.streaming.store import Store
 from cloq.types import LayerStats
 from tests.tiny import save_tiny
 
-MACHINE = Machine(products=1e10, wide=5e9, streamed=1e10, cached=5e10, calls=1e6)
+MACHINE = Machine(products=1e10, wide=5e9, streamed=1e10, cached=5e10, searched=5e7, calls=1e6)
 SMALL = {"group_size": 32, "rank": 8, "calib": "demo", "calib_samples": 6, "heldout": 0.5, "seq_len": 16, "device": "cpu"}
 
 
