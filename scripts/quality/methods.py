@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from quality.protocol import OPEN
+
 BITS_16 = 16
 _CALIBRATION = frozenset({"calib", "calib_samples", "calib_len", "calib_seed"})
 
@@ -37,7 +39,7 @@ class Method:
             return _CALIBRATION | {"rank", "group_size"}
         fitted_to_data = self.base == "own" or self.init in ("cloq", "eora", "qera")
         moved = _CALIBRATION | {"rank", "group_size", "sequential"} | ({"propagate"} if fitted_to_data else set())
-        return moved | {"rounds"} if self.base == "own" and "effort" not in dict(self.settings) else moved
+        return moved.union(OPEN) if self.base == "own" and "effort" not in dict(self.settings) else moved
 
 
 METHODS = {

@@ -13,6 +13,10 @@ Changes = tuple[tuple[str, Any], ...]
 """Settings of a protocol → values that a point of a sweep has instead."""
 
 
+OPEN = ("rounds", "fisher")
+"""Settings of cloq's runs that sweeps alone change, of methods that have no effort of their own."""
+
+
 @dataclass(frozen=True)
 class Protocol:
     """Everything that decides a cell's result but for its width, method, learning rate and seed.
@@ -20,8 +24,8 @@ class Protocol:
     calib: calibration text; the training text if not given. group_size: 0 is one group per output channel. propagate: of the runs that fit
     factors to data, `None` for `adapter`; the base that all share is always calibrated through its own compressed prefix. precision: of the
     products in training, `fp32` or `bf16` (autocast; factors, their optimizer and evaluation are float32 in both). tasks: answered before
-    and after training, on `task_rows` rows of each out of `task_data`. calib_seed: of the choice of calibration sequences. rounds: of
-    methods that leave them open, `None` for the default.
+    and after training, on `task_rows` rows of each out of `task_data`. calib_seed: of the choice of calibration sequences. rounds,
+    fisher: of methods that leave them open, `None` for the default.
     """
 
     model: str
@@ -46,6 +50,7 @@ class Protocol:
     propagate: str | None = None
     sequential: bool = True
     rounds: int | None = None
+    fisher: float | None = None
     precision: str = "fp32"
     tasks: tuple[str, ...] = ()
     task_data: str | None = None
@@ -61,7 +66,7 @@ class Protocol:
         silent = [] if self.tasks else ["tasks", "task_data", "task_rows"]
         silent += ["propagate"] if self.propagate is None else []
         silent += ["sequential"] if self.sequential else []
-        silent += ["rounds"] if self.rounds is None else []
+        silent += [name for name in OPEN if getattr(self, name) is None]
         silent += ["calib_seed"] if self.calib_seed == 0 else []
         silent += ["precision"] if self.precision == "fp32" else []
         return {name: value for name, value in values.items() if name not in silent}
@@ -71,11 +76,17 @@ class Protocol:
 
     def value(self, setting: str) -> Any:
         """What the setting amounts to, defaults resolved, for comparison with a sweep's values."""
-        from cloq.specs import LoraSpec
+        from cloq.specs import run_spec
 
+        default = run_spec(model=self.model)
         resolved = {"calib": self.calibration_text, "propagate": self.propagate or "adapter"}
-        resolved["rounds"] = LoraSpec().rounds if self.rounds is None else self.rounds
+        resolved |= {"rounds": default.lora.rounds, "fisher": default.fisher} | self.opened
         return resolved.get(setting, getattr(self, setting))
+
+    @property
+    def opened(self) -> dict[str, Any]:
+        """Settings of cloq's runs that have another value than the default."""
+        return {name: getattr(self, name) for name in OPEN if getattr(self, name) is not None}
 
 
 def _whether(text: str) -> bool:
@@ -94,7 +105,7 @@ def _propagate(text: str) -> str:
 
 SWEPT: dict[str, Callable[[str], Any]] = {
     "rank": int, "group_size": int, "calib": str, "calib_samples": int, "calib_len": int, "propagate": _propagate, "sequential": _whether,
-    "rounds": int,
+    "rounds": int, "fisher": float,
 }  # fmt: skip
 """Settings that can be swept → how a value is read."""
 
@@ -174,6 +185,6 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def read_protocol(args: Namespace) -> Protocol:
-    """`calib_seed` is a cell's and `rounds` a sweep's, not the command's."""
-    names = {field.name for field in dataclasses.fields(Protocol)} - {"calib_seed", "rounds"}
+    """`calib_seed` is a cell's and what is `OPEN` a sweep's, not the command's."""
+    names = {field.name for field in dataclasses.fields(Protocol)} - {"calib_seed", *OPEN}
     return Protocol(**{name: getattr(args, name) for name in names})

@@ -59,9 +59,7 @@ class Starts:
         grid = {"bits": start.bits, "group_size": protocol.group_size or None, "sequential": protocol.sequential}
         extra = dict(method.settings)
         name = "-".join([method.init, *(str(value) for value in extra.values())])
-        fitted = grid | extra | {"init": method.init, "propagate": protocol.propagate or "adapter"}
-        if protocol.rounds is not None:
-            fitted["rounds"] = protocol.rounds
+        fitted = grid | extra | {"init": method.init, "propagate": protocol.propagate or "adapter"} | protocol.opened
         if method.init == "loftq":
             return self._run(protocol.changed(_ONE), f"{start.bits}-own-{name}{tag(changes)}", **fitted | _DATA_FREE)
         if method.base == "own":

@@ -10,7 +10,7 @@ from quality.cells import Cell, Kept, Start, applied, grid, starts
 from quality.methods import METHODS
 from quality.protocol import Protocol, Sweep, read_protocol
 
-from cloq.specs import LoraSpec
+from cloq.specs import LoraSpec, RunSpec
 
 LINE = ["m", "--train", "a.txt", "--valid", "b.txt", "--test", "c.txt", "--out", "o"]
 PROTOCOL = Protocol("m", "a.txt", "b.txt", "c.txt")
@@ -82,8 +82,9 @@ def test_every_point_once_and_only_where_it_means_something():
     assert applied("zero", (("propagate", "dense"), ("rank", 8))) == (("rank", 8),)
 
 
-def test_rounds_are_swept_of_methods_that_leave_them_open():
-    sweep = Sweep.parse(["rounds", "0", str(LoraSpec().rounds), "16"])
+@pytest.mark.parametrize("setting, default, other", [("rounds", LoraSpec().rounds, 16), ("fisher", RunSpec("m").fisher, 0.9)])
+def test_what_methods_leave_open_is_swept(setting, default, other):
+    sweep = Sweep.parse([setting, str(default), str(other)])
     names = [start.name for start in starts(PROTOCOL, [2], ["lora-16", "loftq", "cloq", "cloq-paper", "cloq-best", "cloq-run"], [sweep])]
     assert names == [
         "16-lora-16",
@@ -92,10 +93,9 @@ def test_rounds_are_swept_of_methods_that_leave_them_open():
         "2-cloq-paper",
         "2-cloq-best",
         "2-cloq-run",
-        "2-cloq-run-rounds-0",
-        "2-cloq-run-rounds-16",
+        f"2-cloq-run-{setting}-{other}",
     ]
-    assert PROTOCOL.changed(sweep.changes(PROTOCOL, 16)).record() == EARLIER | {"rounds": 16} and PROTOCOL.record() == EARLIER
+    assert PROTOCOL.changed(sweep.changes(PROTOCOL, other)).record() == EARLIER | {setting: other} and PROTOCOL.record() == EARLIER
 
 
 def test_seeds_are_outermost():
