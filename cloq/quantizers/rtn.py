@@ -29,8 +29,8 @@ class Rtn:
         weight = grid.finite(weight, grid.LARGEST_WEIGHT)
         columns = weight.shape[1]
         index = grid.group_index(columns, self.group_size, weight.device)
-        groups = (group.T.contiguous() for group in weight.split(self.group_size or columns, dim=1))  # rows of one grid beside each other
-        fits = [fit_grid(group, self.bits, self.symmetric, self.search) for group in groups]
+        groups = weight.split(self.group_size or columns, dim=1)
+        fits = [fit_grid(group.T, self.bits, self.symmetric, self.search) for group in groups]
         scale, zero = (torch.stack(parts, dim=1) for parts in zip(*fits, strict=True))
         codes = grid.encode(weight, scale.index_select(1, index), zero.index_select(1, index), self.bits).byte()
         return QuantizedWeight(codes, scale, zero, index, self.bits, self.group_size, self.symmetric)
