@@ -34,7 +34,7 @@ def make(args: argparse.Namespace, blocks: int, tokens: int, width: int) -> dict
     kept = out / "found.json"
     if not kept.exists():
         save_model(args, blocks, width, out / "model")  # here: the child's peak is to be the run's
-        point = ["--child", str(blocks), str(tokens), str(width), "--child-out", str(out)]
+        point = ["--child", str(tokens), "--child-out", str(out)]
         if subprocess.run([sys.executable, __file__, *sys.argv[1:], *point], stdout=sys.stderr).returncode:
             raise SystemExit(f"{out.name} failed")
     return json.loads(kept.read_text())
@@ -62,7 +62,7 @@ def child(args: argparse.Namespace) -> None:
     from cloq.plan import measure, plan
     from cloq.specs import run_spec
 
-    (_, tokens, _), out = args.child, Path(args.child_out)
+    tokens, out = args.child, Path(args.child_out)
     calibration = {"calib": args.calib, "calib_samples": tokens // SEQ_LEN, "seq_len": SEQ_LEN}
     spec = run_spec(model=str(out / "model"), bits=args.bits, device="cpu", **calibration)
     planned = plan(spec, open_decoder(spec), measure("cpu", time.process_time))
@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192, 16384, 32768])
     parser.add_argument("--widths", type=int, nargs="+", default=[192, 576, 1152])
     parser.add_argument("--out", required=True, help="folder")
-    parser.add_argument("--child", type=int, nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--child-out", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:

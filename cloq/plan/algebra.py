@@ -65,11 +65,7 @@ def _rounded(shape: Shape, quant: QuantSpec, search: bool) -> Work:
 def gptq(shape: Shape) -> Work:
     """`in` columns one by one, each moving the next few; products bring every block up to date with all columns before it."""
     out, columns = shape
-    return Work(
-        products=damped_cholesky(columns).products + float(out) * columns * (columns + 2 * BLOCK),
-        cached=48.0 * out * columns * INNER / 2 + 80.0 * out * columns,
-        calls=float(_CALLS_PER_COLUMN) * columns,
-    )
+    return Work(products=damped_cholesky(columns).products + float(out) * columns * (columns + 2 * BLOCK)) + _column_by_column(shape)
 
 
 def magr(shape: Shape) -> Work:
@@ -95,11 +91,13 @@ def deflation(columns: int, rank: int) -> Work:
 def descent(shape: Shape) -> Work:
     """A sweep of `quantizers.descend`: every block's gradient when the sweep gets there."""
     out, columns = shape
-    return Work(
-        products=2.0 * out * columns**2,
-        cached=48.0 * out * columns * INNER / 2 + 80.0 * out * columns,
-        calls=float(_CALLS_PER_COLUMN) * columns,
-    )
+    return Work(products=2.0 * out * columns**2) + _column_by_column(shape)
+
+
+def _column_by_column(shape: Shape) -> Work:
+    """The plain loops of `quantizers.columns`, without their products: each column rounded, and what it moves of the next few."""
+    out, columns = shape
+    return Work(cached=48.0 * out * columns * INNER / 2 + 80.0 * out * columns, calls=float(_CALLS_PER_COLUMN) * columns)
 
 
 def following(shape: Shape, rank: int) -> Work:

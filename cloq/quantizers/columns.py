@@ -94,7 +94,7 @@ def _descend(
 def _fit_grid(
     kernels: Any, values: Tensor, bits: int, symmetric: bool, search: bool, importance: Tensor | None
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    values = values.contiguous()  # torch bounds values by tensors an eighth as fast where those of one grid lie side by side
+    values = values.contiguous()  # where values of one grid lie side by side, torch bounds them at an eighth of the speed
     if kernels is None or len(values) > MOST_COLUMNS:
         return fit(values.T, bits, symmetric, search, importance)
     importance = torch.ones_like(values[:, 0]) if importance is None else importance

@@ -66,7 +66,7 @@ class Protocol:
         silent = [] if self.tasks else ["tasks", "task_data", "task_rows"]
         silent += ["propagate"] if self.propagate is None else []
         silent += ["sequential"] if self.sequential else []
-        silent += [name for name in OPEN if getattr(self, name) is None]
+        silent += set(OPEN) - self.opened.keys()
         silent += ["calib_seed"] if self.calib_seed == 0 else []
         silent += ["precision"] if self.precision == "fp32" else []
         return {name: value for name, value in values.items() if name not in silent}
@@ -76,9 +76,9 @@ class Protocol:
 
     def value(self, setting: str) -> Any:
         """What the setting amounts to, defaults resolved, for comparison with a sweep's values."""
-        from cloq.specs import run_spec
+        from cloq.specs import RunSpec
 
-        default = run_spec(model=self.model)
+        default = RunSpec()
         resolved = {"calib": self.calibration_text, "propagate": self.propagate or "adapter"}
         resolved |= {"rounds": default.lora.rounds, "fisher": default.fisher} | self.opened
         return resolved.get(setting, getattr(self, setting))
