@@ -44,7 +44,7 @@ def squared_gradients(
     sequences, from 0 on if not given; they decide which labels are drawn from the model's predictions. Every block is loaded twice,
     forwards and backwards. aside: where what each was given waits in between, by default in host memory. State that blocks hand each
     other besides the hidden states (Gemma 4's shared keys and values) is not followed. Raises `ModelError` for a model that cannot be
-    followed backwards, and for gradients that are not finite.
+    followed backwards, and for activations and gradients that are not finite.
     """
     length = min(LENGTH, tokens.shape[1])
     pieces = followed(tokens.shape[1]) // length
@@ -57,7 +57,7 @@ def squared_gradients(
     for index in range(len(decoder.blocks)):
         decoder.load_block(index)
         given.append([aside.keep(batch.hidden.cpu()) for batch in batches])
-        batches = [batch.onwards(decoder.run_block(index, batch)) for batch in batches]
+        batches = [batch.onwards(_finite(decoder.run_block(index, batch), decoder.block_name(index))) for batch in batches]
         decoder.drop_block(index)
     with decoder.outer():
         rows = iter(zip(tokens.split(1), seeds, strict=True))
@@ -71,6 +71,14 @@ def squared_gradients(
             gradients[position] = _back(decoder, index, batch, gradients[position], modules, found)
         decoder.drop_block(index)
     return {name: found[name] for block in names for name in block}
+
+
+def _finite(returned: Tensor, block: str) -> Tensor:
+    if not all_finite(returned):
+        raise ModelError(
+            f"the outputs of {block} hold NaN, Inf or values beyond float32 on the calibration text; the model itself overflows"
+        )
+    return returned
 
 
 def _first(names: Sequence[Sequence[str]]) -> int:

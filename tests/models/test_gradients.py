@@ -1,5 +1,7 @@
 """The streamed backward pass against the whole model's own."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -91,4 +93,29 @@ def test_a_model_without_gradients_is_refused(tmp_path, monkeypatch):
     forward = type(decoder.blocks[1]).forward
     monkeypatch.setattr(type(decoder.blocks[1]), "forward", lambda *args, **kwargs: forward(*args, **kwargs).detach())
     with pytest.raises(ModelError, match=r"cannot be followed back.*--fisher 0"):
+        squared_gradients(decoder, TOKENS, 24, decoder.all_linears())
+
+
+def _overflow(returned):
+    return returned * math.inf
+
+
+def _overflow_backwards(returned):
+    if returned.requires_grad:
+        returned.register_hook(lambda g: g * math.inf)
+    return returned
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        (_overflow, r"the outputs of model\.layers\.1 hold NaN, Inf or values beyond float32"),
+        (_overflow_backwards, r"the loss's gradient at model\.layers\.1\.\S+ is not finite.*--fisher 0"),
+    ],
+)
+def test_what_is_not_finite_is_named(wrong, said, tmp_path):
+    decoder = Decoder(save_tiny("llama", tmp_path))
+    decoder.check_streamable()
+    decoder.blocks[1].register_forward_hook(lambda module, args, returned: wrong(returned))
+    with pytest.raises(ModelError, match=said):
         squared_gradients(decoder, TOKENS, 24, decoder.all_linears())
