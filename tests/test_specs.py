@@ -326,7 +326,7 @@ def test_effort_lies_between_the_defaults_and_what_is_said():
     assert run_spec(effort="best").lora.rounds > run_spec().lora.rounds > run_spec(effort="fast").lora.rounds
     assert run_spec(effort="best", rounds=3).lora.rounds == 3
     assert run_spec(run_spec(bits=3, rounds=2), effort="best") == run_spec(bits=3, effort="best")
-    assert run_spec(effort="fast", init="svd") == run_spec(init="svd", correction=0.0, fisher=0.0)  # which has no rounds
+    assert run_spec(effort="fast", init="svd") == run_spec(init="svd", correction=0.0)  # which has neither rounds nor `fisher`
     assert run_spec(run_spec(init="eora"), effort="best") == run_spec(init="eora")
     with pytest.raises(SpecError, match="effort is 'heroic'; allowed: published, fast, default, best"):
         run_spec(effort="heroic")

@@ -32,7 +32,7 @@ INITIALIZER_SETTINGS = {"split": ("cloq",), "rounds": ("cloq",), "iterations": (
 """Settings of `LoraSpec` that not every initializer has → those that do."""
 
 RUN_SETTINGS = {"fisher": ("cloq",), "adaptive_rank": ("cloq",)}
-"""Settings of `RunSpec` that are for some initializers only → those."""
+"""Settings of `RunSpec` that are for some initializers only → those. Others refuse them where they are neither the default nor off."""
 
 
 def _refuse_ignored(spec: Any, kind: str, settings: dict[str, tuple[str, ...]]) -> None:
@@ -202,7 +202,7 @@ class RunSpec(Spec):
     propagate: str = "adapter"
     sequential: bool = True
     correction: float | None = None
-    fisher: float = 0.0
+    fisher: float = 0.9
     mean_bits: float | None = None
     adaptive_rank: bool = False
     device: str = "auto"
@@ -227,9 +227,10 @@ class RunSpec(Spec):
         )
         require(0 <= self.fisher < 1, f"fisher is {self.fisher}; it is a share from 0 (off) to below 1")
         for name, owners in RUN_SETTINGS.items():
+            value = getattr(self, name)
             require(
-                self.lora.init in owners or not getattr(self, name),
-                f"{name} is {getattr(self, name)}, which init {self.lora.init!r} makes no use of; leave it out, or use --init cloq",
+                self.lora.init in owners or not value or value == getattr(type(self), name),
+                f"{name} is {value}, which init {self.lora.init!r} makes no use of; leave it out, or use --init cloq",
             )
         mean = self.mean_bits
         require(mean is None or 2 <= mean <= 4, f"the mean width is {mean} bits; it is made of 2, 3 and 4 bits, so it lies between 2 and 4")
@@ -252,7 +253,7 @@ class RunSpec(Spec):
     @property
     def weighs_outputs(self) -> bool:
         """Whether the factors are to know how much the loss depends on each output."""
-        return self.fisher > 0
+        return self.fisher > 0 and self.lora.init in RUN_SETTINGS["fisher"]
 
     @property
     def spends(self) -> bool:

@@ -31,7 +31,7 @@ def test_on_disk_a_run_ends_with_the_same_bytes(settings, tmp_path, kept_on_disk
     blocks, calibration, heldout, followed = 3, 4, 2, 8  # batches: the first sequence of the calibration alone where the run corrects
     streams = 1 if "correction" in settings else 2
     expected = streams * (calibration + 1 + heldout) * blocks
-    assert len(kept_on_disk) == expected + (followed // 2 * blocks if "fisher" in settings else 0)
+    assert len(kept_on_disk) == expected + followed // 2 * blocks
     assert digest(tmp_path / "disk") == digest(tmp_path / "memory")
 
 
