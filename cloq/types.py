@@ -8,66 +8,13 @@ All of these are immutable by convention: no function in cloq writes into a tens
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from cloq.precision import full_precision
-
-
-@dataclass(frozen=True, eq=False)
-class OutputNorm:
-    """What a layer's outputs count: an error `e (out,)` of theirs counts `eᵀ (D + U Uᵀ) e = ‖R e‖²`.
-
-    weights: the diagonal of D, `(out,)`, positive.
-    directions: U, `(out, k)`, errors along which count the more; `None` for none.
-    """
-
-    weights: Tensor
-    directions: Tensor | None = None
-
-    def times(self, matrix: Tensor) -> Tensor:
-        """`R X` for `X (out, n)`, in the dtype of X."""
-        matrix = self._roots.to(matrix) * matrix
-        return matrix if self._turned is None else matrix + self._along(self._turned[1], matrix)
-
-    def undone(self, matrix: Tensor) -> Tensor:
-        """`R⁻¹ X`, in the dtype of X."""
-        matrix = matrix if self._turned is None else matrix - self._along(self._turned[2], matrix)
-        return matrix / self._roots.to(matrix)
-
-    def _along(self, core: Tensor, matrix: Tensor) -> Tensor:
-        """`V core Vᵀ X`."""
-        along = self._turned[0].to(matrix)
-        return along @ (core.to(matrix) @ (along.T @ matrix))
-
-    @functools.cached_property
-    def _roots(self) -> Tensor:
-        """`D^{1/2}` as a column."""
-        return _wide(self.weights).sqrt()[:, None]
-
-    @functools.cached_property
-    def _turned(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """V, and two `(k, k)` matrices that make of it the root and its inverse.
-
-        With `V = D^{-1/2} U` and `VᵀV = P Λ Pᵀ` the symmetric root of `I + V Vᵀ` is `I + V P f(Λ) Pᵀ Vᵀ` with `f(λ) = (√(1 + λ) − 1) / λ`,
-        which is `1 / (√(1 + λ) + 1)`, and its inverse `I − V P f(Λ) (1 + Λ)^{-1/2} Pᵀ Vᵀ`. R is that root times `D^{1/2}`.
-        """
-        if self.directions is None:
-            return None
-        along = _wide(self.directions) / self._roots
-        values, turned = torch.linalg.eigh(along.T @ along)
-        root = (1 + values.clamp_min(0)).sqrt()
-        return along, (turned / (1 + root)) @ turned.T, (turned / (root * (1 + root))) @ turned.T
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """float64 where the device has it."""
-    return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +24,7 @@ class LayerStats:
     gram: `Σ x xᵀ` over all calibration tokens, the raw sum, `(in, in)`, float32 or float64.
     n_tokens: how many tokens are in the sum.
     borrowed: for how many further ones a mean over other tokens stands in it; see `cloq.calibration.topped_up`.
-    outputs: what they count; `None` where all count alike.
+    outputs: weight of the squared error of each output, `(out,)`, positive, with a mean of 1; `None` where all count alike.
 
     Two of them merge by `+`, so neither order, batching nor the number of processes matters. Factors such as 2 or 1/n are applied where
     they are used.
@@ -86,7 +33,7 @@ class LayerStats:
     gram: Tensor
     n_tokens: int
     borrowed: int = 0
-    outputs: OutputNorm | None = None
+    outputs: Tensor | None = None
     _found: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     def once(self, key: Hashable, find: Callable[[], Any]) -> Any:
@@ -98,7 +45,7 @@ class LayerStats:
             self._found[key] = find()
         return self._found[key]
 
-    def for_outputs(self, outputs: OutputNorm | None) -> LayerStats:
+    def for_outputs(self, outputs: Tensor | None) -> LayerStats:
         """The same inputs for a layer whose outputs count so; what was found of the Gram matrix stays known."""
         if outputs is None:
             return self

@@ -19,7 +19,7 @@ from cloq.algebra import lowrank
 from cloq.algebra.linalg import all_finite, share
 from cloq.precision import full_precision
 from cloq.quantizers.descent import descend
-from cloq.types import AnyQuantizedWeight, LayerStats, LoraFactors, OutputNorm, Quantize, QuantizedWeight
+from cloq.types import AnyQuantizedWeight, LayerStats, LoraFactors, Quantize, QuantizedWeight
 
 SPLITS = ("paper", "balanced")
 
@@ -49,15 +49,15 @@ class ClosedForm(NamedTuple):
 
 
 @full_precision()
-def closed_form(error: Tensor, gram: Tensor, rank: int, split: str = "paper", outputs: OutputNorm | None = None) -> ClosedForm:
-    """The rank-r `B A` that minimises `‖R (E − B A) S‖_F²`, `S Sᵀ = G`, `R` the root of what `outputs` says or the identity.
+def closed_form(error: Tensor, gram: Tensor, rank: int, split: str = "paper", outputs: Tensor | None = None) -> ClosedForm:
+    """The rank-r `B A` that minimises `‖D^{1/2} (E − B A) S‖_F²`, `S Sᵀ = G`, `D` the diagonal of `outputs` or the identity.
 
     error: `(out, in)`, what the factors should undo, `W − Q`. gram: `(in, in)`, positive semi-definite, of any rank and scale.
     rank: at least 1; more than `min(out, in)` is clipped to it, where the error vanishes.
     split: `paper` gives B orthonormal columns, without `outputs` the eigenvectors with `A = Bᵀ E`; `balanced` scales each of these columns
         and its row of A so that a step of training moves the outputs as far through either (`lowrank.share_steps`). Same product.
-    outputs: what errors of the outputs count. The problem is the plain one for `R E`, of whose product `R` is then undone. The result's
-        `error`, `total` and `spectrum` are those of the weighted problem.
+    outputs: `(out,)`, positive: what the squared error of each output counts. The problem is the plain one for `D^{1/2} E`, whose product
+        is then divided by `D^{1/2}`. The result's `error`, `total` and `spectrum` are those of the weighted problem.
 
     Raises `ValueError` for wrong shapes, rank or split, and for NaN or Inf. Within 0.1 % of the float64 optimum on any input.
     """
@@ -70,34 +70,32 @@ def closed_form(error: Tensor, gram: Tensor, rank: int, split: str = "paper", ou
         raise ValueError(f"unknown split {split!r}: one of {', '.join(SPLITS)}")
     if not (all_finite(error) and all_finite(gram)):
         raise ValueError("closed_form was given NaN or Inf")
-    if outputs is not None:
-        _check_outputs(outputs, error.shape[0])
+    if outputs is not None and (outputs.shape != error.shape[:1] or not bool(((outputs > 0) & torch.isfinite(outputs)).all())):
+        raise ValueError(f"closed_form needs a positive finite weight for each of {error.shape[0]} outputs, got {tuple(outputs.shape)}")
     rank = min(rank, *error.shape)
     error = error if error.dtype == torch.float64 else error.float()
-    weighted = error if outputs is None else outputs.times(error)
+    roots = _roots(outputs, error)
+    weighted = error if roots is None else roots * error
     vectors, values, total, _ = lowrank.top_eigenvectors(weighted, gram, rank)
-    factors = _split(vectors, vectors.to(error.dtype).T @ weighted, gram, split, outputs)
+    factors = _split(vectors, vectors.to(error.dtype).T @ weighted, gram, split, roots)
     remaining = 0.0 if rank == min(error.shape) else max(total - float(values.sum()), 0.0)
     return ClosedForm(factors, remaining, total, values)
 
 
-def _check_outputs(outputs: OutputNorm, out: int) -> None:
-    weights, directions = outputs.weights, outputs.directions
-    if weights.shape != (out,) or not bool(((weights > 0) & torch.isfinite(weights)).all()):
-        raise ValueError(f"closed_form needs a positive finite weight for each of {out} outputs, got {tuple(weights.shape)}")
-    if directions is not None and (directions.ndim != 2 or len(directions) != out or not all_finite(directions)):
-        raise ValueError(f"closed_form needs finite directions of {out} outputs, got {tuple(directions.shape)}")
-
-
-def _split(vectors: Tensor, A: Tensor, gram: Tensor, split: str, outputs: OutputNorm | None) -> LoraFactors:
-    """The factors of `R⁻¹ V A`, `V (out, r)` orthonormal, split as asked."""
-    B = vectors if outputs is None else outputs.undone(vectors)
+def _split(vectors: Tensor, A: Tensor, gram: Tensor, split: str, roots: Tensor | None) -> LoraFactors:
+    """The factors of `D^{-1/2} V A`, `V (out, r)` orthonormal, split as asked. roots: `D^{1/2}`, `None` for the identity."""
+    B = vectors if roots is None else vectors / roots
     if split == "balanced":
         B, A = lowrank.share_steps(B, A, gram)
-    elif outputs is not None:
+    elif roots is not None:
         B, triangle = torch.linalg.qr(B)
         A = triangle.to(A.dtype) @ A
     return LoraFactors(A.float(), B.float())
+
+
+def _roots(outputs: Tensor | None, like: Tensor) -> Tensor | None:
+    """`D^{1/2}` as a column, `(out, 1)`."""
+    return None if outputs is None else outputs.to(like).sqrt()[:, None]
 
 
 @dataclass(frozen=True)
@@ -125,7 +123,7 @@ class Cloq:
     still gained more, with the closed form's. The base alone gets worse: it is made for its factors.
 
     **Outputs that count more** (`stats.outputs`) are the factors' alone: a quantizer treats every row by itself, so that a weight of the
-    row changes none of its codes; the factors choose which errors to undo. Errors are compared in that norm.
+    row changes none of its codes; the factors choose which rows' errors to undo. Errors are compared with the weights.
     """
 
     split: str = "paper"
@@ -148,7 +146,7 @@ class Cloq:
         self, weight: Tensor, stats: LayerStats, quantize: Quantize, rank: int
     ) -> tuple[AnyQuantizedWeight, LoraFactors]:  # fmt: skip
         """The codes of the best round with their factors; the split has no part in the choice."""
-        outputs = stats.outputs
+        roots = _roots(stats.outputs, weight)
         B, A = _before_any_codes(weight, stats, rank, self.bits)
         best: tuple[AnyQuantizedWeight, lowrank.Followed] | None = None
         for behind in reversed(range(self.rounds)):
@@ -161,10 +159,10 @@ class Cloq:
             else:
                 codes = quantize(target, None)
             left, near = weight - codes.dequantize(), B
-            if outputs is not None:
-                left, near = outputs.times(left), outputs.times(near)
+            if roots is not None:
+                left, near = roots * left, roots * near
             followed = lowrank.follow(left, stats.gram, near, STEPS if behind else STEPS + 1)
-            B, A = followed.B if outputs is None else outputs.undone(followed.B), followed.A
+            B, A = followed.B if roots is None else followed.B / roots, followed.A
             if best is None or followed.remaining < best[1].remaining:
                 best = codes, followed
             if not math.isfinite(followed.remaining):  # a weight near float32's limit: no factors follow from it
@@ -172,7 +170,7 @@ class Cloq:
         codes, followed = best
         if not followed.settled:
             return codes, self._fitted(weight, codes, stats, rank)
-        return codes, _split(*lowrank.as_eigenvectors(followed.B, followed.A, stats.gram), stats.gram, self.split, outputs)
+        return codes, _split(*lowrank.as_eigenvectors(followed.B, followed.A, stats.gram), stats.gram, self.split, roots)
 
 
 def compensated(rounds: int) -> int:

@@ -2,7 +2,7 @@
 
 For an error `e` in a layer's output the loss rises by `½ eᵀ H e` in second order, with `H` the second moment of the loss's gradient with
 respect to that output where labels are drawn from the model's own predictions (the Fisher information; Martens, arXiv:1412.1193, §9). Of it
-the diagonal is taken, and a sketch of the rest (`cloq.algebra.moments`).
+the diagonal is taken: one number for each output.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from cloq.algebra.linalg import all_finite
-from cloq.algebra.moments import SecondMoment
 from cloq.calibration import hooked
 from cloq.errors import ModelError
 from cloq.linears import linear_shape
@@ -34,11 +33,11 @@ def followed(length: int) -> int:
     return length // min(LENGTH, length) * min(LENGTH, length)
 
 
-def second_moments(
+def squared_gradients(
     decoder: Decoder, tokens: Tensor, batch_tokens: int, wanted: Container[str], numbers: Sequence[int] | None = None,
     aside: Waiting | None = None,
-) -> dict[str, SecondMoment]:  # fmt: skip
-    """`Σ g gᵀ` over all tokens, with `g (out,)` the gradient of the loss with respect to a layer's output; by the layer's full
+) -> dict[str, Tensor]:  # fmt: skip
+    """`Σ g²` over all tokens, `(out,)` float32, with `g` the gradient of the loss with respect to a layer's output; by the layer's full
     name. Layers that no token reached have zeros.
 
     tokens: `(sequences, length)`, cut into pieces of at most `LENGTH`. wanted: full names of the layers to find it for. numbers: of the
@@ -63,7 +62,7 @@ def second_moments(
     with decoder.outer():
         rows = iter(zip(tokens.split(1), seeds, strict=True))
         gradients = [torch.cat([_of_the_loss(decoder, one, *next(rows)) for one in batch.hidden.split(1)]) for batch in batches]
-    found: dict[str, SecondMoment] = {}
+    found: dict[str, Tensor] = {}
     for index in reversed(range(_first(names), len(decoder.blocks))):
         decoder.load_block(index)
         modules = {name: module for name, module in decoder.linears(index).items() if name in names[index]}
@@ -108,11 +107,11 @@ def _of_tokens_loss(decoder: Decoder, hidden: Tensor, tokens: Tensor, draws: Ten
 
 
 def _back(
-    decoder: Decoder, index: int, batch: Batch, gradient: Tensor, modules: dict[str, nn.Module], found: dict[str, SecondMoment]
+    decoder: Decoder, index: int, batch: Batch, gradient: Tensor, modules: dict[str, nn.Module], found: dict[str, Tensor]
 ) -> Tensor:  # fmt: skip
     """The gradient with respect to what the block was given, from the one with respect to what it returned."""
     for name, module in modules.items():
-        found.setdefault(name, SecondMoment.zeros(linear_shape(module)[0], gradient.device))
+        found.setdefault(name, torch.zeros(linear_shape(module)[0], device=gradient.device))
 
     def watch(name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
@@ -122,8 +121,8 @@ def _back(
         return hook
 
     def add(name: str, g: Tensor) -> None:
-        total = SecondMoment.of(g.detach().flatten(0, -2))
-        if not all_finite(total.diagonal):
+        total = g.detach().flatten(0, -2).float().square().sum(0)
+        if not all_finite(total):
             raise ModelError(f"the loss's gradient at {name} is not finite on the calibration text; use --fisher 0")
         found[name] += total
 

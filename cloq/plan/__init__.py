@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from cloq.algebra.moments import SKETCHED
 from cloq.models import Decoder
 from cloq.plan import algebra, rounds, storage
 from cloq.plan.forward import BlockForward, block_forwards
@@ -191,7 +190,7 @@ def _phases(
     }
     phases["embed"] = (1 + beside) * Work(disk=3 * sizes.outer, streamed=8.0 * tokens * decoder.width)
     if spec.follows_back:
-        phases["gradients"] = _gradients(spec, decoder, chosen, shapes, forwards, sizes)
+        phases["gradients"] = _gradients(spec, decoder, forwards, sizes)
     if spec.spends:
         phases["survey"] = _survey(spec, decoder, chosen, shapes, forwards, sizes)
     written, read = _paged(waits[storage.ACTIVATIONS])
@@ -242,18 +241,13 @@ def _paged(activations: storage.Waiting) -> tuple[Work, Work]:
     return work, work if free is None or activations.size > free else Work()
 
 
-def _gradients(
-    spec: RunSpec, decoder: Decoder, chosen: dict[str, LayerSpec], shapes: dict[str, storage.Shape], forwards: list[BlockForward],
-    sizes: storage.Sizes,
-) -> Work:  # fmt: skip
-    """Every block forwards, and once more to be followed back, which takes as much again; the head alike, but once forwards. Of each
-    layer's gradients a sketch."""
+def _gradients(spec: RunSpec, decoder: Decoder, forwards: list[BlockForward], sizes: storage.Sizes) -> Work:
+    """Every block forwards, and once more to be followed back, which takes as much again; the head alike, but once forwards."""
     sequences = storage.followed_back(spec) / spec.calib.seq_len
     blocks = 3.0 * sequences * sum((forward.whole for forward in forwards), Work())
     config = decoder.config.get_text_config()
     head = Work(products=2 * 2.0 * storage.followed_back(spec) * config.vocab_size * config.hidden_size)
-    sketches = Work(products=2 * 2.0 * storage.followed_back(spec) * SKETCHED * sum(shapes[name][0] for name in chosen))
-    return blocks + head + sketches + Work(disk=2.0 * sizes.original)
+    return blocks + head + Work(disk=2.0 * sizes.original)
 
 
 def _survey(

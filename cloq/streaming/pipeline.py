@@ -27,14 +27,14 @@ from cloq.specs import LayerSpec, RunSpec
 from cloq.streaming.capture import groups_of, statistics, top_up_experts
 from cloq.streaming.device import elsewhere, place_to_wait, waiting_in
 from cloq.streaming.distributed import ALONE, Processes, shared_out
-from cloq.streaming.fisher import moments_of, output_norms
+from cloq.streaming.fisher import output_weights, squared_gradients_of
 from cloq.streaming.layers import plan_layers
 from cloq.streaming.manifest import manifest
 from cloq.streaming.memory import is_out_of_memory, spare_memory, with_less_memory
 from cloq.streaming.solve import solve_layer
 from cloq.streaming.store import Store, differences
 from cloq.streaming.survey import budgeted
-from cloq.types import GivenBase, LayerResult, LayerStats, OutputNorm
+from cloq.types import GivenBase, LayerResult, LayerStats
 
 Emit = Callable[[str, dict[str, Any]], None]
 """Receives what happens, as a name and plain values: `damaged`, `memory`, `start`, `replay`, `layer`, `block`, `phase`, `done`."""
@@ -138,7 +138,7 @@ class _Loop:
     processes: Processes
     clock: _Clock
     emit: Emit
-    outputs: dict[str, OutputNorm] = dataclasses.field(default_factory=dict)
+    outputs: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
     def run(self, tokens: CalibrationTokens, keeping: bool = True) -> None:
         """From the first block that is not stored. tokens: this process's own. keeping: what is final in a block, as far as there is
@@ -184,12 +184,12 @@ class _Loop:
         if not spec.follows_back:
             return self
         with self.clock("gradients"):
-            moments = moments_of(spec, decoder, self.layers, tokens.calibration, self.store, self.processes)
+            squared = squared_gradients_of(spec, decoder, self.layers, tokens.calibration, self.store, self.processes)
         layers = self.layers
         if spec.spends:
             with self.clock("survey"):
-                layers = budgeted(spec, decoder, layers, tokens.calibration, moments, self.store, self.processes, self.given)
-        outputs = output_norms(moments, spec.fisher) if spec.weighs_outputs else {}
+                layers = budgeted(spec, decoder, layers, tokens.calibration, squared, self.store, self.processes, self.given)
+        outputs = output_weights(squared, spec.fisher) if spec.weighs_outputs else {}
         return dataclasses.replace(self, layers=layers, outputs=outputs)
 
     def _entered(self, tokens: CalibrationTokens) -> _Streams:

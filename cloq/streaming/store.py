@@ -29,7 +29,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cloq.algebra import packing
-from cloq.algebra.moments import SecondMoment
 from cloq.errors import RunError
 from cloq.streaming.checksum import BLANK, DamageError, seal, verify
 from cloq.types import (
@@ -194,15 +193,14 @@ class Store(RunFolder):
 
     # -- what the loss depends on ---------------------------------------------------------------------------------------
 
-    def keep_gradients(self, moments: dict[str, SecondMoment]) -> None:
-        """Second moments of gradients by layer: every continuation goes on with the same."""
-        parts = {f"{name}.{part}": value for name, moment in moments.items() for part, value in vars(moment).items()}
-        self._keep(GRADIENTS_FILE, parts, list(moments))
+    def keep_gradients(self, squared: dict[str, Tensor]) -> None:
+        """Squared gradients by layer: every continuation goes on with the same."""
+        self._keep(GRADIENTS_FILE, squared, None)
 
-    def kept_gradients(self) -> dict[str, SecondMoment] | None:
+    def kept_gradients(self) -> dict[str, Tensor] | None:
         """`None` where there are none, or not as they were written: then they are found again."""
-        parts, names = self._kept(GRADIENTS_FILE) or ({}, None)
-        return None if names is None else {name: SecondMoment(parts[f"{name}.diagonal"], parts[f"{name}.sketch"]) for name in names}
+        kept = self._kept(GRADIENTS_FILE)
+        return kept[0] if kept else None
 
     def keep_survey(self, losses: dict[str, Tensor], tied: list[list[str]]) -> None:
         """What `cloq.streaming.survey` found: every continuation chooses from the same."""

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from cloq import quantizers
 from cloq.algebra import lowrank
-from cloq.algebra.moments import SecondMoment
 from cloq.initializers.cloq import size_left
 from cloq.models import Decoder, Forwards, Kinds, Room, linear_shape
 from cloq.precision import full_precision
@@ -48,17 +47,17 @@ class Survey:
 
 
 def budgeted(
-    spec: RunSpec, decoder: Decoder, layers: Mapping[str, LayerSpec], own: Tensor, moments: Mapping[str, SecondMoment], store: Store,
+    spec: RunSpec, decoder: Decoder, layers: Mapping[str, LayerSpec], own: Tensor, squared: Mapping[str, Tensor], store: Store,
     processes: Processes, given: GivenBase | None = None,
 ) -> dict[str, LayerSpec]:  # fmt: skip
     """The layers with the widths and ranks that the run's means are best spent on.
 
-    Those that a rule names keep what it says, and are no part of the mean. own: this process's calibration tokens. moments: of
-    the loss's gradients, as of `fisher.moments_of`; their diagonals are asked. What was found is kept in the store.
+    Those that a rule names keep what it says, and are no part of the mean. own: this process's calibration tokens. squared: the loss's
+    squared gradients, as of `fisher.squared_gradients_of`. What was found is kept in the store.
     """
     kept = processes.on_first(store.kept_survey)
     if kept is None:
-        found = survey(spec, decoder, layers, own, moments, processes, given)
+        found = survey(spec, decoder, layers, own, squared, processes, given)
         if processes.first:
             store.keep_survey(found.losses, found.tied)
     else:
@@ -94,13 +93,13 @@ def _shapes(decoder: Decoder, layers: Mapping[str, LayerSpec]) -> dict[str, tupl
 
 
 def survey(
-    spec: RunSpec, decoder: Decoder, layers: Mapping[str, LayerSpec], own: Tensor, moments: Mapping[str, SecondMoment],
-    processes: Processes, given: GivenBase | None = None,
+    spec: RunSpec, decoder: Decoder, layers: Mapping[str, LayerSpec], own: Tensor, squared: Mapping[str, Tensor], processes: Processes,
+    given: GivenBase | None = None,
 ) -> Survey:  # fmt: skip
     """Goes once through the original model, on those tokens whose loss was followed back (`fisher.sampled`)."""
     mine = sampled(own, processes)
     batches = decoder.enter(own[[*mine.values()]], spec.batch_tokens, True) if mine else []
-    look = _Look(spec, decoder, layers, moments, processes, given)
+    look = _Look(spec, decoder, layers, squared, processes, given)
     kinds, room = Kinds(decoder, False, processes.on_first), spare_memory(decoder.device, processes.here)
     losses: dict[str, Tensor] = {}
     tied: list[list[str]] = []
@@ -124,7 +123,7 @@ class _Look:
     spec: RunSpec
     decoder: Decoder
     layers: Mapping[str, LayerSpec]
-    moments: Mapping[str, SecondMoment]
+    squared: Mapping[str, Tensor]
     processes: Processes
     given: GivenBase | None
 
@@ -154,7 +153,7 @@ class _Look:
     def _left(self, name: str, weight: Tensor, seen: LayerStats, width: int, ranks: Sequence[int]) -> Tensor:
         """The loss by rank, with the closed form's factors."""
         undone = ranks if self.spec.lora.init != "zero" else [0] * len(ranks)
-        return left_behind(weight - self._rounded(name, weight, seen, width), seen, self.moments[name].diagonal, undone)
+        return left_behind(weight - self._rounded(name, weight, seen, width), seen, self.squared[name], undone)
 
     @full_precision()
     def _won(self, weight: Tensor, seen: LayerStats, ranks: Sequence[int]) -> Tensor:

@@ -8,7 +8,7 @@ from cloq.algebra import lowrank
 from cloq.initializers import SPLITS, Cloq, Eora, Loftq, Pissa, Qera, Svd, Zero, closed_form
 from cloq.initializers.cloq import EVEN, KEPT, SHRINKAGE, size_left
 from cloq.quantizers import Gptq, Nf4, Rtn
-from cloq.types import LoraFactors, OutputNorm
+from cloq.types import LoraFactors
 from tests.problems import KINDS, LARGE_SHAPES, SHAPES, optimum, output_error, problem, root
 
 QUANTIZER = Rtn(2, 32)
@@ -187,9 +187,7 @@ def test_rounds_never_cost_and_mostly_gain(kind, quantizer):
 def test_the_split_has_no_part_in_the_codes(outputs):
     """Nor in the product: only in how it is shared."""
     p = problem("power law", SHAPES["tall"])
-    stats = (
-        p.stats.for_outputs(OutputNorm(0.1 + torch.rand(len(p.weight), generator=torch.Generator().manual_seed(1)))) if outputs else p.stats
-    )
+    stats = p.stats.for_outputs(0.1 + torch.rand(len(p.weight), generator=torch.Generator().manual_seed(1))) if outputs else p.stats
     (paper, one), (balanced, other) = (
         Cloq(split, 3).initialize(p.weight, stats, Gptq(2, 32).quantize, 8) for split in ("paper", "balanced")
     )
@@ -247,10 +245,8 @@ def test_factors_that_follow_are_the_closed_forms(kind, split, outputs):
     """Product, error and split, whether the last step shows that they have arrived or the closed form is asked after all."""
     for shape in SHAPES.values():
         p = problem(kind, shape)
-        stats = (
-            p.stats.for_outputs(OutputNorm(0.1 + torch.rand(shape[0], generator=torch.Generator().manual_seed(1)))) if outputs else p.stats
-        )
-        roots = stats.outputs.weights.sqrt()[:, None] if outputs else 1.0
+        stats = p.stats.for_outputs(0.1 + torch.rand(shape[0], generator=torch.Generator().manual_seed(1))) if outputs else p.stats
+        roots = stats.outputs.sqrt()[:, None] if outputs else 1.0
         quantized, found = Cloq(split, 3).initialize(p.weight, stats, Gptq(3, 32).quantize, 6)
         error = p.weight - quantized.dequantize()
         best = closed_form(error, p.gram, 6, split, stats.outputs)

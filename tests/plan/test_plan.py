@@ -4,7 +4,6 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from cloq.algebra.moments import SKETCHED
 from cloq.calibration import CalibrationTokens
 from cloq.errors import SpecError
 from cloq.export import FORMATS, write_adapter, write_model
@@ -243,7 +242,7 @@ def test_following_the_loss_back_is_planned(decoder):
     assert plain.work["gradients"].products == 0 and weighed.work["gradients"].products > 0
     others = {name: work for name, work in weighed.work.items() if name != "gradients"}
     assert others == {name: work for name, work in plain.work.items() if name != "gradients"}
-    whole = sum(3 * 2.0 * out * columns + 4.0 * SKETCHED * out for out, columns in _shapes(decoder)) + 4.0 * 288 * 64
+    whole = 3 * sum(2.0 * out * columns for out, columns in _shapes(decoder)) + 4.0 * 288 * 64
     tokens = weighed.tokens
     assert 1 < weighed.work["gradients"].products / (tokens * whole) < 1.2  # attention comes on top
 

@@ -11,7 +11,7 @@ from cloq.errors import ExportError, SpecError
 from cloq.specs import RunSpec, run_spec
 from cloq.streaming import survey
 from cloq.streaming.distributed import ALONE
-from cloq.streaming.fisher import moments_of
+from cloq.streaming.fisher import squared_gradients_of
 from cloq.streaming.layers import plan_layers
 from cloq.streaming.store import SURVEY_FILE, Store
 from cloq.types import LayerStats
@@ -60,7 +60,7 @@ def test_small_errors_cost_the_loss_what_the_survey_says(tmp_path):
     tokens = torch.randint(1, 257, (64, 32), generator=torch.Generator().manual_seed(1))
     layers, store = plan_layers(spec, decoder), Store(tmp_path / "out")
     store.begin({})
-    moments = moments_of(spec, decoder, layers, tokens, store, ALONE)
+    squared = squared_gradients_of(spec, decoder, layers, tokens, store, ALONE)
     model = load_plain(decoder.folder)
     grams: dict[str, torch.Tensor] = {}
     for name in layers:
@@ -74,8 +74,8 @@ def test_small_errors_cost_the_loss_what_the_survey_says(tmp_path):
     for name in list(grams):
         weight = model.get_submodule(name).weight.data
         error = torch.randn(weight.shape, generator=draw) * 1e-2 * weight.std()
-        predicted = float(survey.left_behind(error, LayerStats(grams[name], tokens.numel()), moments[name].diagonal, [1])[0])
-        full = 0.5 * output_error(moments[name].diagonal.sqrt()[:, None] * error, grams[name]) / tokens.numel()
+        predicted = float(survey.left_behind(error, LayerStats(grams[name], tokens.numel()), squared[name], [1])[0])
+        full = 0.5 * output_error(squared[name].sqrt()[:, None] * error, grams[name]) / tokens.numel()
         weight += error
         with torch.no_grad():
             after = model(input_ids=tokens).logits.log_softmax(-1)
