@@ -19,7 +19,7 @@ from cloq.streaming.device import place_aside, waiting_in
 from cloq.streaming.distributed import Processes
 from cloq.streaming.store import Store
 
-TOKENS = 4_096
+TOKENS = 12_288
 """Calibration tokens that the loss is followed back from."""
 
 
