@@ -35,7 +35,15 @@ from cloq.streaming import pipeline, solve
 from cloq.streaming.device import resolve_device
 from cloq.streaming.memory import peak_resident
 
-WHOLE = {"load": "load", "propagate": "propagate", "store": "store", "export": "pack and export", "apply": "apply", "embed": "embed"}
+WHOLE = {
+    "gradients": "following the loss back",
+    "load": "load",
+    "propagate": "propagate",
+    "store": "store",
+    "export": "pack and export",
+    "apply": "apply",
+    "embed": "embed",
+}
 """Phases of a run that are one part of the table, and what they are called there."""
 
 SEARCH_BYTES = (2 * len(SHRINKS) + 2) * 60
