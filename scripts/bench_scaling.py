@@ -70,7 +70,7 @@ def child(args: argparse.Namespace) -> None:
     used = dict.fromkeys(("start", "end"), 0.0)
 
     def clock(event: str, values: dict) -> None:
-        used["start"] = used["start"] or (time.process_time() if event == "phase" and values["phase"] in ("gradients", "embed") else 0.0)
+        used["start"] = time.process_time() if event == "start" else used["start"]
         used["end"] = time.process_time() if event == "block" else used["end"]
 
     result = run(spec, out / "run", restart=True, emit=clock)
