@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from cloq.export.folder import SHARD_BYTES
 from cloq.models import Decoder
-from cloq.models.gradients import AT_A_TIME
+from cloq.models.gradients import AT_A_TIME, LENGTH
 from cloq.plan.forward import BlockForward, Part
 from cloq.plan.rounds import kept_bytes
 from cloq.report.record import STORED_ADAPTER_BITS
@@ -119,20 +119,41 @@ def peak_memory(
     held = {name: float(waited.size) for name, waited in waits.items() if waited.place != "disk"}
     activations = {name: size for name, size in held.items() if name == ACTIVATIONS}
     entering = activations | {"embeddings": 4.0 * decoder.outer_parameters(head=False)}
-    following = {name: size for name, size in held.items() if name == GIVEN} | {
-        "a block": 4.0 * max(decoder.block_parameters(index) for index in range(len(decoder.blocks))),
+    given = {name: size for name, size in held.items() if name == GIVEN}
+    beside = {"gradients": 2.0 * followed_back(spec) * decoder.bytes_of_a_token}  # and what the last block returned
+    losing = given | beside | {
         "embeddings": 4.0 * sizes.outer / sizes.element,
         "logits": 4 * 4.0 * min(AT_A_TIME, spec.calib.seq_len) * decoder.config.get_text_config().vocab_size,
-    }
+    }  # fmt: skip
+    following = given | beside | {
+        "a block": 4.0 * max(decoder.block_parameters(index) for index in range(len(decoder.blocks))),
+        "a backward pass": _kept_for_gradients(spec, decoder, shapes, forwards),
+    }  # fmt: skip
     solving = activations | _solving(spec, decoder, chosen, shapes, forwards, spare)
     exporting = {"a shard being written": 2.0 * max(min(sizes.base, SHARD_BYTES), sizes.adapter)}
-    moments = (entering, solving, exporting, *([following] if spec.follows_back else []))
+    moments = (entering, solving, exporting, *([losing, following] if spec.follows_back else []))
     if decoder.device.type == "cpu":
         return {"process": int(PROCESS)} | _fullest(moments), {}
     host = {name for name, waited in waits.items() if waited.place == "host"} | {"a shard being written"}
     here = [{name: value for name, value in moment.items() if name in host} for moment in moments]
     there = [{name: value for name, value in moment.items() if name not in host} for moment in moments]
     return {"process": int(PROCESS)} | _fullest(here), _fullest(there)
+
+
+def _kept_for_gradients(spec: RunSpec, decoder: Decoder, shapes: dict[str, Shape], forwards: list[BlockForward]) -> float:
+    """Bytes that a micro-batch holds on its way back through a block: inputs and outputs of the linear layers, and a gradient for each.
+    What lies between them (activation functions, norms, attention) keeps about as much as layers that share an input count twice."""
+    length = min(LENGTH, spec.calib.seq_len)
+    tokens = min(followed_back(spec), max(1, spec.batch_tokens // length) * length)
+    each = [
+        sum(
+            group.tokens / spec.calib.seq_len * sum(shapes[f"{decoder.block_name(index)}.{name}"])
+            for group in forward.groups
+            for name in group.names
+        )
+        for index, forward in enumerate(forwards)
+    ]
+    return 2 * 4.0 * tokens * max(each, default=0.0)
 
 
 def _fullest(moments: Sequence[dict[str, float]]) -> dict[str, int]:
