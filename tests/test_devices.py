@@ -78,14 +78,16 @@ def test_activations_wait_where_there_is_room(free, waits, tmp_path):
 
 def test_a_plan_says_what_lies_on_the_gpu(text, tmp_path):
     model = save_tiny("llama", tmp_path, num_hidden_layers=2)
-    spec = run_spec(model=str(model), calib=str(text), calib_samples=64, seq_len=32, rank=4)
+    spec = run_spec(model=str(model), calib=str(text), calib_samples=64, seq_len=32, rank=4, fisher=0.0)
     host = plan(spec, Decoder(model), MACHINE)
     with pretended_gpu():
         there = plan(spec, Decoder(model, "cuda:0"), MACHINE)
         aside = plan(spec.replace(activations="host"), Decoder(model, "cuda:0"), MACHINE)
+        followed = plan(spec.replace(fisher=0.9, activations="host"), Decoder(model, "cuda:0"), MACHINE)
     assert not host.device_memory and "activations" in host.memory
     assert "activations" in there.device_memory and "activations" not in there.memory and "a block" in there.device_memory
     assert "activations" in aside.memory and "activations" not in aside.device_memory
+    assert {"a backward pass", "gradients"} <= set(followed.device_memory)  # the fullest moment of a model as small as this
     assert any("on cuda:0" in line for line in there.lines()) and not any("on cpu" in line and "memory" in line for line in host.lines())
 
 
