@@ -15,55 +15,57 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from bench_layers import Layer, layers_of
+from bench_layers import Layer, add_arguments, layers_of, tokens_of
 
-from cloq.calibration import calibration_tokens
+from cloq.calibration import CalibrationTokens
 from cloq.initializers import closed_form
-from cloq.models import Decoder, followed, load_tokenizer, squared_gradients
+from cloq.models import Decoder, followed, squared_gradients
 from cloq.quantizers import Rtn
-from cloq.specs import CalibSpec
+from cloq.specs import RunSpec
 from cloq.streaming.fisher import output_weights
 
 DRAWS = 6
 """Of each number of tokens, at most."""
 
 
-def gradients(args: argparse.Namespace, layers: list[Layer]) -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+def gradients(
+    args: argparse.Namespace, tokens: CalibrationTokens, layers: list[Layer]
+) -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
     """Squared gradients of every calibration sequence, and those of all held-out ones together."""
     decoder, names = Decoder(args.model), frozenset(layer.name for layer in layers)
-    spec = CalibSpec(args.calib, args.samples, args.seq_len, heldout=args.heldout, seed=args.seed)
-    tokens = calibration_tokens(spec, load_tokenizer(Path(args.model)))
     numbered = enumerate(tokens.calibration.split(1))
     each = [squared_gradients(decoder, sequence, args.seq_len, names, [number]) for number, sequence in numbered]
     others = [len(each) + number for number in range(len(tokens.heldout))]
     return each, squared_gradients(decoder, tokens.heldout, 4096, names, others)
 
 
-def left(layer: Layer, bits: int, rank: int, weights: torch.Tensor | None, counts: torch.Tensor) -> float:
-    """With factors that know of these weights, on held-out inputs, each output counted as given."""
-    error = layer.weight - Rtn(bits, 64, search=True).quantize(layer.weight).dequantize()
+def left(layer: Layer, error: torch.Tensor, rank: int, weights: torch.Tensor | None, counts: torch.Tensor) -> float:
+    """Of the error, with factors that know of these weights, on held-out inputs, each output counted as given."""
     error = error - closed_form(error, layer.stats.gram, min(rank, *error.shape), outputs=weights).factors.delta()
     return float(counts @ ((error @ layer.unseen.gram) * error).sum(1))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--calib", required=True)
-    parser.add_argument("--blocks", type=int, nargs="+", default=[0])
-    parser.add_argument("--only", nargs="+", help="patterns of layers, such as q_proj 'mlp.*'")
+    add_arguments(parser)
+    parser.set_defaults(samples=24, heldout=0.8)
     parser.add_argument("--tokens", type=int, nargs="+", required=True)
-    parser.add_argument("--share", type=float, default=0.9, help="as of --fisher")
+    parser.add_argument("--share", type=float, default=RunSpec.fisher, help="as of --fisher")
     parser.add_argument("--bits", type=int, default=2)
     parser.add_argument("--rank", type=int, default=64)
-    parser.add_argument("--samples", type=int, default=24)
-    parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--heldout", type=float, default=0.8)
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    layers = layers_of(args)
-    each, unseen = gradients(args, layers)
-    plain = [left(layer, args.bits, args.rank, None, unseen[layer.name]) for layer in layers]
+    text = tokens_of(args)
+    layers = layers_of(args, text)
+    each, unseen = gradients(args, text, layers)
+    rounded = Rtn(args.bits, 64, search=True)
+    errors = [layer.weight - rounded.quantize(layer.weight).dequantize() for layer in layers]
+
+    def all_left(weights: dict[str, torch.Tensor]) -> list[float]:
+        return [
+            left(layer, error, args.rank, weights.get(layer.name), unseen[layer.name]) for layer, error in zip(layers, errors, strict=True)
+        ]
+
+    plain = all_left({})
     print(f"{len(layers)} layers of {Path(args.model).name}, blocks {args.blocks}, {args.bits} bits, rank {args.rank}\n")
     print("| tokens | draws | left |\n|---:|---:|---:|")
     for tokens in args.tokens:
@@ -72,8 +74,7 @@ def main() -> None:
         ratios = []
         for draw in draws:
             weights = output_weights({layer.name: sum(one[layer.name] for one in draw) for layer in layers}, args.share)
-            for layer, alone in zip(layers, plain, strict=True):
-                ratios.append(math.log(left(layer, args.bits, args.rank, weights.get(layer.name), unseen[layer.name]) / alone))
+            ratios += [math.log(mine / alone) for mine, alone in zip(all_left(weights), plain, strict=True)]
         print(f"| {size * followed(args.seq_len)} | {len(draws)} | {math.exp(fmean(ratios)):.3f} |", flush=True)
 
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from cloq.calibration import calibration_tokens, gram_matrices, shared_inputs
+from cloq.calibration import CalibrationTokens, calibration_tokens, gram_matrices, shared_inputs
 from cloq.models import Decoder, load_tokenizer
 from cloq.specs import CalibSpec, layer_spec, matches, run_spec
 from cloq.streaming.solve import solve_layer
@@ -34,11 +34,26 @@ class Layer(NamedTuple):
     unseen: LayerStats
 
 
-@torch.no_grad()
-def layers_of(args: argparse.Namespace) -> list[Layer]:
-    decoder = Decoder(args.model)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `tokens_of` and `layers_of` ask for."""
+    parser.add_argument("model")
+    parser.add_argument("--calib", required=True)
+    parser.add_argument("--blocks", type=int, nargs="+", default=[0])
+    parser.add_argument("--only", nargs="+", help="patterns of layers, such as q_proj 'mlp.*'")
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--heldout", type=float, default=0.25)
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def tokens_of(args: argparse.Namespace) -> CalibrationTokens:
     spec = CalibSpec(args.calib, args.samples, args.seq_len, heldout=args.heldout, seed=args.seed)
-    tokens = calibration_tokens(spec, load_tokenizer(Path(args.model)))
+    return calibration_tokens(spec, load_tokenizer(Path(args.model)))
+
+
+@torch.no_grad()
+def layers_of(args: argparse.Namespace, tokens: CalibrationTokens) -> list[Layer]:
+    decoder = Decoder(args.model)
     texts = [decoder.enter(part, 4096) for part in (tokens.calibration, tokens.heldout)]
     found = []
     for index in range(max(args.blocks) + 1):
@@ -86,17 +101,10 @@ def row(variant: str, mine: list[LayerMetrics], first: list[LayerMetrics]) -> di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--calib", required=True)
-    parser.add_argument("--blocks", type=int, nargs="+", default=[0])
-    parser.add_argument("--only", nargs="+", help="patterns of layers, such as q_proj 'mlp.*'")
+    add_arguments(parser)
     parser.add_argument("--variant", action="append", required=True, help="settings, such as 'bits=3 rounds=2'; '' are the defaults")
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--heldout", type=float, default=0.25)
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    layers = layers_of(args)
+    layers = layers_of(args, tokens_of(args))
     print(
         f"{len(layers)} layers of {Path(args.model).name}, blocks {args.blocks}, {args.samples} x {args.seq_len} tokens, seed {args.seed}\n"
     )

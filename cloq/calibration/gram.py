@@ -119,7 +119,12 @@ def _panels(gram: Tensor) -> Iterator[Tensor]:
 
 def _check_finite(name: str, gram: Tensor) -> None:
     if not bool(torch.isfinite(gram.diagonal()).all()):  # sums of squares: they show whatever is not finite in any row
-        raise ModelError(f"the inputs of {name} hold NaN, Inf or values beyond float32 on the calibration text; the model itself overflows")
+        raise overflowed(f"the inputs of {name}")
+
+
+def overflowed(activations: str) -> ModelError:
+    """For activations, as a message names them, that are not finite."""
+    return ModelError(f"{activations} hold NaN, Inf or values beyond float32 on the calibration text; the model itself overflows")
 
 
 def _mirror(gram: Tensor) -> None:

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from cloq.algebra.drift import Drift
 from cloq.algebra.linalg import all_finite
-from cloq.calibration.gram import GramSums
+from cloq.calibration.gram import GramSums, overflowed
 from cloq.calibration.hooks import Enough, hooked, inputs_of, muted, once, watching
-from cloq.errors import ModelError
 from cloq.linears import linear_shape, weight_of
 from cloq.precision import full_precision
 from cloq.types import LayerStats
@@ -124,9 +123,7 @@ def paired_statistics(
             drifts[name].sums.addmm_(weight_of(linears[name]).float(), statistics[first_of[name]].gram, alpha=-1)
     for name, drift in drifts.items():
         if not all_finite(drift.total):
-            raise ModelError(
-                f"the activations around {name} hold NaN, Inf or values beyond float32 on the calibration text; the model itself overflows"
-            )
+            raise overflowed(f"the activations around {name}")
     return statistics, drifts
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cloq.algebra.linalg import all_finite
 from cloq.calibration import hooked
+from cloq.calibration.gram import overflowed
 from cloq.errors import ModelError
 from cloq.linears import linear_shape
 from cloq.models.decoder import Batch, Decoder
@@ -75,9 +76,7 @@ def squared_gradients(
 
 def _finite(returned: Tensor, block: str) -> Tensor:
     if not all_finite(returned):
-        raise ModelError(
-            f"the outputs of {block} hold NaN, Inf or values beyond float32 on the calibration text; the model itself overflows"
-        )
+        raise overflowed(f"the outputs of {block}")
     return returned
 
 

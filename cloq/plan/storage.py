@@ -119,16 +119,16 @@ def peak_memory(
     held = {name: float(waited.size) for name, waited in waits.items() if waited.place != "disk"}
     activations = {name: size for name, size in held.items() if name == ACTIVATIONS}
     entering = activations | {"embeddings": 4.0 * decoder.outer_parameters(head=False)}
-    given = {name: size for name, size in held.items() if name == GIVEN}
-    beside = {"gradients": 2.0 * followed_back(spec) * decoder.bytes_of_a_token}  # and what the last block returned
-    losing = given | beside | {
+    backwards = {name: size for name, size in held.items() if name == GIVEN}
+    backwards["gradients"] = 2.0 * followed_back(spec) * decoder.bytes_of_a_token  # and what the last block returned
+    losing = backwards | {
         "embeddings": 4.0 * sizes.outer / sizes.element,
         "logits": 4 * 4.0 * min(AT_A_TIME, spec.calib.seq_len) * decoder.config.get_text_config().vocab_size,
-    }  # fmt: skip
-    following = given | beside | {
+    }
+    following = backwards | {
         "a block": 4.0 * max(decoder.block_parameters(index) for index in range(len(decoder.blocks))),
         "a backward pass": _kept_for_gradients(spec, decoder, shapes, forwards),
-    }  # fmt: skip
+    }
     solving = activations | _solving(spec, decoder, chosen, shapes, forwards, spare)
     exporting = {"a shard being written": 2.0 * max(min(sizes.base, SHARD_BYTES), sizes.adapter)}
     moments = (entering, solving, exporting, *([losing, following] if spec.follows_back else []))
@@ -145,15 +145,13 @@ def _kept_for_gradients(spec: RunSpec, decoder: Decoder, shapes: dict[str, Shape
     What lies between them (activation functions, norms, attention) keeps about as much as layers that share an input count twice."""
     length = min(LENGTH, spec.calib.seq_len)
     tokens = min(followed_back(spec), max(1, spec.batch_tokens // length) * length)
-    each = [
-        sum(
-            group.tokens / spec.calib.seq_len * sum(shapes[f"{decoder.block_name(index)}.{name}"])
-            for group in forward.groups
-            for name in group.names
-        )
-        for index, forward in enumerate(forwards)
-    ]
-    return 2 * 4.0 * tokens * max(each, default=0.0)
+
+    def values(index: int) -> int:
+        """Of one sequence, in the linear layers."""
+        prefix = decoder.block_name(index) + "."
+        return sum(group.tokens * sum(shapes[prefix + name]) for group in forwards[index].groups for name in group.names)
+
+    return 2 * 4.0 * tokens / spec.calib.seq_len * max(map(values, range(len(forwards))))
 
 
 def _fullest(moments: Sequence[dict[str, float]]) -> dict[str, int]:

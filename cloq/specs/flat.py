@@ -12,7 +12,7 @@ EFFORTS: dict[str, dict[str, Any]] = {
     "published": {"split": "paper", "rounds": 0, "correction": 0.0, "fisher": 0.0, "adaptive_rank": False},
     "fast": {"rounds": 1, "correction": 0.0, "fisher": 0.0, "adaptive_rank": False},
     "default": {},
-    "best": {"rounds": 16, "fisher": 0.9, "adaptive_rank": True},
+    "best": {"rounds": 16, "fisher": RunSpec.fisher, "adaptive_rank": True},
 }
 """What a run may cost → flat settings in place of the defaults; `published` is CLoQ as its authors have it. docs/results.md has what each
 of them buys."""

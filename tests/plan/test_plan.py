@@ -153,10 +153,8 @@ def test_the_forwards_of_a_run_are_those_of_its_plan(settings, spare, tmp_path, 
     monkeypatch.setattr(pipeline, "spare_memory", lambda *device: spare)
     monkeypatch.setattr(pipeline.Kinds, "of", uncounted(pipeline.Kinds.of))
     monkeypatch.setattr(pipeline, "groups_of", uncounted(pipeline.groups_of))
-    settings = settings | {
-        "calib_samples": 12,
-        "fisher": 0.0,
-    }  # the look at a block leaves something of its one sequence to the forwards that are counted
+    # the look at a block leaves something of its one sequence to the forwards that are counted
+    settings = settings | {"calib_samples": 12, "fisher": 0.0}
     spec = run_spec(model=str(decoder.folder), **(SMALL | settings))
     tokens = torch.randint(0, 250, (18, 16), generator=torch.Generator().manual_seed(0))
     store = Store(tmp_path / "out")

@@ -318,12 +318,8 @@ def two(work) -> Path:
 def test_four_processes_find_what_one_finds(alone, work):
     seen = finish(4, spec_of(work, propagate="dense"), work / "four")
     close_to(results(alone), results(work / "four"), flips=0.02)
-    assert [one["sequences"] for one in seen] == [
-        [2, 2],
-        [2, 2, 1],
-        [1, 1, 1],
-        [1, 1, 1],
-    ]  # each its own: followed back, calibration and held-out
+    own = [one["sequences"] for one in seen]  # followed back, calibration and held-out
+    assert own == [[2, 2], [2, 2, 1], [1, 1, 1], [1, 1, 1]]
     assert all(one["layers"] == 21 and "shared by 4 processes" in one["notes"][0] for one in seen)
     events = [one["events"] for one in seen]
     assert events[0].count("layer") == 21 and events[0].count("block") == 3 and not any(events[1:])
