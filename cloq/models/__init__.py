@@ -4,7 +4,7 @@ from cloq.linears import is_conv1d, is_linear, linear_shape, set_weight
 from cloq.models.checkpoint import Checkpoint, TensorSource
 from cloq.models.decoder import Batch, Decoder
 from cloq.models.forwards import Forwards, Room
-from cloq.models.gradients import followed, squared_gradients
+from cloq.models.gradients import followed, given_bytes, squared_gradients
 from cloq.models.kinds import Kind, Kinds
 from cloq.models.locate import cache_folder, locate
 from cloq.models.quiet import quiet_libraries
@@ -28,6 +28,7 @@ __all__ = [
     "Waiting",
     "cache_folder",
     "followed",
+    "given_bytes",
     "hooks_on",
     "is_conv1d",
     "is_linear",

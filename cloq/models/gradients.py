@@ -28,24 +28,33 @@ LENGTH = 512
 AT_A_TIME = 128
 """Tokens whose logits are in memory together."""
 
+GIVEN = torch.bfloat16
+"""What blocks were given, in a range no smaller than float32's, until the gradients come back through them. By the size of the model the
+largest that a run holds, and a rounding of one in five hundred, value by value, in sums over thousands of tokens."""
+
 
 def followed(length: int) -> int:
     """Tokens of a sequence of this length whose loss is followed back: whole pieces of `LENGTH`."""
     return length // min(LENGTH, length) * min(LENGTH, length)
 
 
+def given_bytes(decoder: Decoder, tokens: int) -> int:
+    """Of what all blocks were given, so many tokens followed back."""
+    return len(decoder.blocks) * tokens * decoder.width * GIVEN.itemsize
+
+
 def squared_gradients(
     decoder: Decoder, tokens: Tensor, batch_tokens: int, wanted: Container[str], numbers: Sequence[int] | None = None,
-    aside: Waiting | None = None,
+    aside: Waiting | None = None, kept: torch.dtype = GIVEN,
 ) -> dict[str, Tensor]:  # fmt: skip
     """`Σ g²` over all tokens, `(out,)` float32, with `g` the gradient of the loss with respect to a layer's output; by the layer's full
     name. Layers that no token reached have zeros.
 
     tokens: `(sequences, length)`, cut into pieces of at most `LENGTH`. wanted: full names of the layers to find it for. numbers: of the
     sequences, from 0 on if not given; they decide which labels are drawn from the model's predictions. Every block is loaded twice,
-    forwards and backwards. aside: where what each was given waits in between, by default in host memory. State that blocks hand each
-    other besides the hidden states (Gemma 4's shared keys and values) is not followed. Raises `ModelError` for a model that cannot be
-    followed backwards, and for activations and gradients that are not finite.
+    forwards and backwards. aside: where what each was given waits in between, by default in host memory; kept: as what it waits. State
+    that blocks hand each other besides the hidden states (Gemma 4's shared keys and values) is not followed. Raises `ModelError` for a
+    model that cannot be followed backwards, and for activations and gradients that are not finite.
     """
     length = min(LENGTH, tokens.shape[1])
     pieces = followed(tokens.shape[1]) // length
@@ -57,7 +66,7 @@ def squared_gradients(
     given: list[list[Tensor]] = []
     for index in range(len(decoder.blocks)):
         decoder.load_block(index)
-        given.append([aside.keep(batch.hidden.cpu()) for batch in batches])
+        given.append([aside.keep(batch.hidden.to("cpu", kept)) for batch in batches])
         batches = [batch.onwards(_finite(decoder.run_block(index, batch), decoder.block_name(index))) for batch in batches]
         decoder.drop_block(index)
     with decoder.outer():
@@ -68,7 +77,8 @@ def squared_gradients(
         decoder.load_block(index)
         modules = {name: module for name, module in decoder.linears(index).items() if name in names[index]}
         for position, (batch, hidden) in enumerate(zip(batches, given.pop(), strict=True)):
-            batch = Batch(hidden.to(decoder.device).requires_grad_(), batch.calls, aside)
+            batch = Batch(hidden.to(decoder.device, batch.hidden.dtype).requires_grad_(), batch.calls)
+            aside.rest(hidden)
             gradients[position] = _back(decoder, index, batch, gradients[position], modules, found)
         decoder.drop_block(index)
     return {name: found[name] for block in names for name in block}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cloq.export.folder import SHARD_BYTES
-from cloq.models import Decoder
+from cloq.models import Decoder, given_bytes
 from cloq.models.gradients import AT_A_TIME, LENGTH
 from cloq.plan.forward import BlockForward, Part
 from cloq.plan.rounds import kept_bytes
@@ -102,7 +102,7 @@ def waiting(spec: RunSpec, decoder: Decoder) -> dict[str, Waiting]:
     activations = streams * calib.seq_len * decoder.bytes_of_a_token
     found = {ACTIVATIONS: Waiting(activations, place_to_wait(spec, decoder.device, activations))}
     if spec.follows_back:
-        given = len(decoder.blocks) * followed_back(spec) * decoder.bytes_of_a_token
+        given = given_bytes(decoder, followed_back(spec))
         found[GIVEN] = Waiting(given, place_aside(spec, given))
     return found
 

@@ -206,7 +206,7 @@ class RunSpec(Spec):
     mean_bits: float | None = None
     adaptive_rank: bool = False
     device: str = "auto"
-    batch_tokens: int = 4096
+    batch_tokens: int = 2048
     activations: str = "auto"
     trust_remote_code: bool = False
 

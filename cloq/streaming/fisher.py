@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from cloq.models import Decoder, followed, linear_shape, squared_gradients
+from cloq.models import Decoder, followed, given_bytes, linear_shape, squared_gradients
 from cloq.specs import LayerSpec, RunSpec
 from cloq.streaming.device import place_aside, waiting_in
 from cloq.streaming.distributed import Processes
@@ -47,7 +47,7 @@ def squared_gradients_of(
         names = [name for name in decoder.all_linears() if not layers[name].dense]
         mine = sampled(own, processes)
         if mine:
-            given = len(decoder.blocks) * len(mine) * followed(own.shape[1]) * decoder.bytes_of_a_token
+            given = given_bytes(decoder, len(mine) * followed(own.shape[1]))
             aside = waiting_in(place_aside(spec, given, processes.here), store.folder)
             found = squared_gradients(decoder, own[[*mine.values()]], spec.batch_tokens, frozenset(names), [*mine], aside)
         else:

@@ -7,9 +7,16 @@ import torch
 from torch import nn
 
 from cloq.errors import ModelError
-from cloq.models import Decoder, squared_gradients
+from cloq.models import Decoder, InHostMemory, given_bytes
+from cloq.models import squared_gradients as rounded_gradients
 from cloq.models.experts import unfuse
 from tests.tiny import load_plain, save_tiny
+
+
+def squared_gradients(*args) -> dict[str, torch.Tensor]:
+    """With nothing rounded on the way."""
+    return rounded_gradients(*args, kept=torch.float32)
+
 
 TOKENS = torch.randint(1, 250, (3, 12), generator=torch.Generator().manual_seed(0))
 
@@ -86,6 +93,30 @@ def test_batches_do_not_matter(tmp_path):
     whole, parts = (squared_gradients(decoder, TOKENS, size, decoder.all_linears()) for size in (1 << 20, 1))
     for name in whole:
         torch.testing.assert_close(whole[name], parts[name], rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "gpt2", "gemma2"])
+def test_what_blocks_were_given_is_rounded_in_between_and_hardly_shows(family, tmp_path):
+    decoder = Decoder(save_tiny(family, tmp_path))
+    exact, rounded = (
+        squared_gradients(decoder, TOKENS, 24, decoder.all_linears()),
+        rounded_gradients(decoder, TOKENS, 24, decoder.all_linears()),
+    )
+    assert any(not torch.equal(exact[name], rounded[name]) for name in exact)
+    for name, squared in rounded.items():
+        assert float((squared - exact[name]).norm()) <= 0.02 * float(exact[name].norm()), name
+
+
+def test_what_blocks_were_given_has_the_size_that_is_said(tmp_path):
+    decoder, sizes = Decoder(save_tiny("llama", tmp_path)), []
+
+    class Aside(InHostMemory):
+        def keep(self, hidden, instead_of=None):
+            sizes.append(hidden.nbytes)
+            return super().keep(hidden, instead_of)
+
+    rounded_gradients(decoder, TOKENS, 24, decoder.all_linears(), None, Aside())
+    assert sum(sizes) == given_bytes(decoder, TOKENS.numel())
 
 
 def test_a_model_without_gradients_is_refused(tmp_path, monkeypatch):
