@@ -107,12 +107,12 @@ def _of_tokens_loss(decoder: Decoder, hidden: Tensor, tokens: Tensor, draws: Ten
     hidden = hidden.requires_grad_()
     logits = decoder.leave(hidden, tokens, gradients=True)[0].float()
     with torch.no_grad():
-        chances = logits.softmax(-1).cumsum_(-1)
-        labels = (chances < draws.to(chances) * chances[:, -1:]).sum(-1).clamp_max(logits.shape[-1] - 1)
+        gradient = logits.softmax(-1)
+        chances = gradient.cumsum(-1)
+        labels = torch.searchsorted(chances, draws.to(chances) * chances[:, -1:]).clamp_max_(logits.shape[-1] - 1)
         del chances
-    with torch.enable_grad():
-        loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
-    return _followed(loss, hidden)
+        gradient.scatter_add_(1, labels, gradient.new_full(labels.shape, -1))  # of the loss, with respect to the logits
+    return _followed(logits, hidden, gradient)
 
 
 def _back(
