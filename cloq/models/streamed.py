@@ -148,6 +148,7 @@ class StreamedModel:
         block = self.blocks[index]
         for path, module in block.named_modules(prefix=self.block_name(index)):
             self._fill(module, path)
+        self.checkpoint.release()
         return block.eval()
 
     def drop_block(self, index: int) -> None:
@@ -180,6 +181,7 @@ class StreamedModel:
                 owner, leaf = _owner(self.model, name)
                 if owner not in left_out:
                     owner._parameters[leaf] = self.model.get_parameter(other)
+            self.checkpoint.release()
             yield
         finally:
             for _, module in parts:
