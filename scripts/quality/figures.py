@@ -19,8 +19,9 @@ def curves(rows: Sequence[Row], path: Path) -> None:
         for row in plain:
             if row.bits in (bits, BITS_16):
                 axis.plot(list(row.curve), [perplexity(v) for v in row.curve.values()], label=row.method, lw=_width(row.method))
-        axis.set(title=f"{bits} bits", xlabel="step", ylabel="validation perplexity", yscale="log")
-        axis.legend(fontsize=8)
+        _perplexities(axis)
+        axis.set(title=f"{bits} bits", xlabel="step", ylabel="validation perplexity")
+        _legend(axis)
     _save(drawn, path)
 
 
@@ -35,8 +36,9 @@ def sweep_figure(protocol: Protocol, sweep: Sweep, rows: Sequence[Row], path: Pa
             [line] = axis.plot(places, [perplexity(row.loss) for _, row in mine], "o-", label=method, lw=_width(method))
             axis.plot(places, [perplexity(row.before) for _, row in mine], ":", color=line.get_color(), lw=1)
         axis.set_xticks(range(len(sweep.values)), list(map(sweep.shown, sweep.values)))
-        axis.set(title=f"{bits} bits", xlabel=sweep.name, ylabel="test perplexity (dotted: before)", yscale="log")
-        axis.legend(fontsize=8)
+        _perplexities(axis)
+        axis.set(title=f"{bits} bits", xlabel=sweep.name, ylabel="test perplexity (dotted: before)")
+        _legend(axis)
     _save(drawn, path)
 
 
@@ -50,6 +52,23 @@ def _panels(rows: Sequence[Row]):
     widths = sorted({row.bits for row in rows if row.bits != BITS_16}) or [BITS_16]
     drawn, axes = plt.subplots(1, len(widths), figsize=(5.5 * len(widths), 4), squeeze=False, layout="constrained")
     return drawn, list(zip(widths, axes[0], strict=True))
+
+
+def _perplexities(axis) -> None:
+    """A logarithmic scale with numbers that are written out."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _legend(axis) -> None:
+    """In the order of the lines' right ends."""
+    lines = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    lines = dict(sorted(lines.items(), key=lambda named: -named[1].get_ydata()[-1]))
+    axis.legend(list(lines.values()), list(lines), fontsize=8)
 
 
 def _save(drawn, path: Path) -> None:
