@@ -27,6 +27,8 @@ FASTER, SLOWER = 0.7, 1.6
 """A run that is left alone is expected between these multiples of the estimate. Measured on one busy core, the large phases of
 SmolLM2's blocks took 1.1 to 1.2 times theirs; GPUs and many cores were not measured."""
 
+_PREDICTED = 50.0  # passes over a token's logits: what a softmax and a running sum take as long as
+
 AROUND = 6.0
 """Seconds of every run that do not grow with it: imports, reading text, the report."""
 
@@ -246,7 +248,8 @@ def _gradients(spec: RunSpec, decoder: Decoder, forwards: list[BlockForward], si
     sequences = storage.followed_back(spec) / spec.calib.seq_len
     blocks = 3.0 * sequences * sum((forward.whole for forward in forwards), Work())
     config = decoder.config.get_text_config()
-    head = Work(products=2 * 2.0 * storage.followed_back(spec) * config.vocab_size * config.hidden_size)
+    logits = storage.followed_back(spec) * config.vocab_size
+    head = Work(products=2 * 2.0 * logits * config.hidden_size, streamed=_PREDICTED * 4.0 * logits)
     return blocks + head + Work(disk=2.0 * sizes.original)
 
 
