@@ -19,9 +19,7 @@ def curves(rows: Sequence[Row], path: Path) -> None:
         for row in plain:
             if row.bits in (bits, BITS_16):
                 axis.plot(list(row.curve), [perplexity(v) for v in row.curve.values()], label=row.method, lw=_width(row.method))
-        _perplexities(axis)
-        axis.set(title=f"{bits} bits", xlabel="step", ylabel="validation perplexity")
-        _legend(axis)
+        _finish(axis, title=f"{bits} bits", xlabel="step", ylabel="validation perplexity")
     _save(drawn, path)
 
 
@@ -36,9 +34,7 @@ def sweep_figure(protocol: Protocol, sweep: Sweep, rows: Sequence[Row], path: Pa
             [line] = axis.plot(places, [perplexity(row.loss) for _, row in mine], "o-", label=method, lw=_width(method))
             axis.plot(places, [perplexity(row.before) for _, row in mine], ":", color=line.get_color(), lw=1)
         axis.set_xticks(range(len(sweep.values)), list(map(sweep.shown, sweep.values)))
-        _perplexities(axis)
-        axis.set(title=f"{bits} bits", xlabel=sweep.name, ylabel="test perplexity (dotted: before)")
-        _legend(axis)
+        _finish(axis, title=f"{bits} bits", xlabel=sweep.name, ylabel="test perplexity (dotted: before)")
     _save(drawn, path)
 
 
@@ -54,21 +50,16 @@ def _panels(rows: Sequence[Row]):
     return drawn, list(zip(widths, axes[0], strict=True))
 
 
-def _perplexities(axis) -> None:
-    """A logarithmic scale with numbers that are written out."""
+def _finish(axis, **texts: str) -> None:
+    """Perplexities on a logarithmic scale, written out, and the lines' names in the order of their right ends."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axis.set_yscale("log")
+    axis.set(yscale="log", **texts)
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _legend(axis) -> None:
-    """In the order of the lines' right ends."""
-    lines = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    lines = dict(sorted(lines.items(), key=lambda named: -named[1].get_ydata()[-1]))
-    axis.legend(list(lines.values()), list(lines), fontsize=8)
+    lines, _ = axis.get_legend_handles_labels()
+    axis.legend(handles=sorted(lines, key=lambda line: -line.get_ydata()[-1]), fontsize=8)
 
 
 def _save(drawn, path: Path) -> None:

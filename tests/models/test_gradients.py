@@ -98,10 +98,7 @@ def test_batches_do_not_matter(tmp_path):
 @pytest.mark.parametrize("family", ["llama-tied", "gpt2", "gemma2"])
 def test_what_blocks_were_given_is_rounded_in_between_and_hardly_shows(family, tmp_path):
     decoder = Decoder(save_tiny(family, tmp_path))
-    exact, rounded = (
-        squared_gradients(decoder, TOKENS, 24, decoder.all_linears()),
-        rounded_gradients(decoder, TOKENS, 24, decoder.all_linears()),
-    )
+    exact, rounded = (find(decoder, TOKENS, 24, decoder.all_linears()) for find in (squared_gradients, rounded_gradients))
     assert any(not torch.equal(exact[name], rounded[name]) for name in exact)
     for name, squared in rounded.items():
         assert float((squared - exact[name]).norm()) <= 0.02 * float(exact[name].norm()), name
