@@ -7,8 +7,9 @@
     … --methods cloq eora --lrs 3e-4 1e-3 --kept          tables and figures of what several commands left, each method at rates of its own
 
 Every cell (bits, method, learning rate, seed, and what a sweep changes) is one training run, kept in OUT/cells as it ends; what training
-starts from is measured once, and kept in OUT/before. The same command continues where it stopped, and makes OUT/table.md, results.json
-and curves.png of what is there, and sweep-SETTING.md and .png for each sweep. A result that was made with other settings is refused.
+starts from is measured once, and kept in OUT/before. The same command continues where it stopped, and makes OUT/table.md, results.json and
+curves.png of what is there, widths.png where there are several, and sweep-SETTING.md and .png for each sweep. A result that was made
+with other settings is refused.
 
 **What is equal.** All methods of a width that fit factors to a given base get the same base: GPTQ with scales searched, calibrated through
 its own compressed prefix. `loftq` alternates and so has a base of its own, as has `cloq-run`, which is what `cloq quantize` makes: codes
@@ -46,7 +47,7 @@ from pathlib import Path
 from typing import Any
 
 from quality.cells import Cell, Kept, Start, grid, starts
-from quality.methods import METHODS, OWN
+from quality.methods import BITS_16, METHODS, OWN
 from quality.protocol import Protocol, Sweep, add_arguments, read_protocol
 from quality.rivals import Refused
 from quality.summary import Row, best_rates, perplexity, summarize
@@ -121,7 +122,7 @@ class Bench:
 
 def write(protocol: Protocol, sweeps: Sequence[Sweep], rows: Sequence[Row], bench: Bench, args: argparse.Namespace) -> None:
     """Tables and figures of what there is."""
-    from quality.figures import curves, sweep_figure
+    from quality.figures import curves, sweep_figure, width_figure
     from quality.tables import main_table, sweep_table
 
     out = Path(args.out)
@@ -130,6 +131,8 @@ def write(protocol: Protocol, sweeps: Sequence[Sweep], rows: Sequence[Row], benc
     (out / "results.json").write_text(json.dumps(content, indent=1), "utf8")
     tables = {"table.md": main_table(protocol, rows, bench.refused)}
     curves(rows, out / "curves.png")
+    if len({row.bits for row in rows} - {BITS_16}) > 1:
+        width_figure(rows, out / "widths.png")
     for sweep in sweeps:
         tables[f"sweep-{sweep.name}.md"] = sweep_table(protocol, sweep, rows)
         sweep_figure(protocol, sweep, rows, out / f"sweep-{sweep.name}.png")

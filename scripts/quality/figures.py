@@ -23,6 +23,23 @@ def curves(rows: Sequence[Row], path: Path) -> None:
     _save(drawn, path)
 
 
+def width_figure(rows: Sequence[Row], path: Path) -> None:
+    """Test perplexity after training against the width, from wide to narrow; dashed across it what the 16-bit model has."""
+    plain = [row for row in rows if not row.changes]
+    drawn, [axis] = _axes(1)
+    widths = sorted({row.bits for row in plain} - {BITS_16}, reverse=True)
+    for method in dict.fromkeys(row.method for row in plain):
+        found = {row.bits: perplexity(row.loss) for row in plain if row.method == method}
+        if BITS_16 in found:
+            axis.plot(range(len(widths)), [found[BITS_16]] * len(widths), "k--", label=method, lw=1)
+        else:
+            places = [place for place, bits in enumerate(widths) if bits in found]
+            axis.plot(places, [found[widths[place]] for place in places], "o-", label=method, lw=_width(method))
+    axis.set_xticks(range(len(widths)), [f"{bits:g}" for bits in widths])
+    _finish(axis, xlabel="bits", ylabel="test perplexity after training")
+    _save(drawn, path)
+
+
 def sweep_figure(protocol: Protocol, sweep: Sweep, rows: Sequence[Row], path: Path) -> None:
     """Test perplexity against the setting's value, dotted before training, a panel per width."""
     found = sweep_rows(protocol, sweep, rows)
@@ -40,14 +57,20 @@ def sweep_figure(protocol: Protocol, sweep: Sweep, rows: Sequence[Row], path: Pa
 
 def _panels(rows: Sequence[Row]):
     """The figure, and (width, axis) of each panel."""
+    widths = sorted({row.bits for row in rows if row.bits != BITS_16}) or [BITS_16]
+    drawn, axes = _axes(len(widths))
+    return drawn, list(zip(widths, axes, strict=True))
+
+
+def _axes(count: int):
+    """A figure with so many axes beside each other, and these."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    widths = sorted({row.bits for row in rows if row.bits != BITS_16}) or [BITS_16]
-    drawn, axes = plt.subplots(1, len(widths), figsize=(5.5 * len(widths), 4), squeeze=False, layout="constrained")
-    return drawn, list(zip(widths, axes[0], strict=True))
+    drawn, axes = plt.subplots(1, count, figsize=(5.5 * count, 4), squeeze=False, layout="constrained")
+    return drawn, list(axes[0])
 
 
 def _finish(axis, **texts: str) -> None:
