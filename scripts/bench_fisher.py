@@ -36,7 +36,7 @@ def gradients(
     numbered = enumerate(tokens.calibration.split(1))
     each = [squared_gradients(decoder, sequence, args.seq_len, names, [number]) for number, sequence in numbered]
     others = [len(each) + number for number in range(len(tokens.heldout))]
-    return each, squared_gradients(decoder, tokens.heldout, 4096, names, others)
+    return each, squared_gradients(decoder, tokens.heldout, RunSpec.batch_tokens, names, others)
 
 
 def left(layer: Layer, error: torch.Tensor, rank: int, weights: torch.Tensor | None, counts: torch.Tensor) -> float:

@@ -26,7 +26,7 @@ from cloq import initializers, quantizers
 from cloq.algebra import linalg
 from cloq.calibration import calibration_tokens, gram_matrices, shared_inputs
 from cloq.models import Batch, Decoder, load_tokenizer, set_weight
-from cloq.specs import CalibSpec, LoraSpec, QuantSpec
+from cloq.specs import CalibSpec, LoraSpec, QuantSpec, RunSpec
 from cloq.use.evaluate import evaluation_tokens, sequence_losses
 
 BASES = {
@@ -79,8 +79,8 @@ def run(args: argparse.Namespace) -> list[dict]:
     tokens = calibration_tokens(spec, tokenizer)
     text = Path(args.eval).read_text("utf8")
     test = evaluation_tokens(text, tokenizer, args.eval_seq_len, args.eval_samples)
-    calib, unseen = decoder.enter(tokens.calibration, 4096), decoder.enter(tokens.heldout, 4096)
-    start = decoder.enter(test, 4096)
+    calib, unseen = decoder.enter(tokens.calibration, RunSpec.batch_tokens), decoder.enter(tokens.heldout, RunSpec.batch_tokens)
+    start = decoder.enter(test, RunSpec.batch_tokens)
     variants = [
         Variant(bits, base, init, QuantSpec(bits=bits, group_size=args.group_size, **BASES[base]), lora(init, base, args.rank),
                 start, calib, unseen)

@@ -20,7 +20,7 @@ import torch
 
 from cloq.calibration import CalibrationTokens, calibration_tokens, gram_matrices, shared_inputs
 from cloq.models import Decoder, load_tokenizer
-from cloq.specs import CalibSpec, layer_spec, matches, run_spec
+from cloq.specs import CalibSpec, RunSpec, layer_spec, matches, run_spec
 from cloq.streaming.solve import solve_layer
 from cloq.types import LayerMetrics, LayerStats
 
@@ -54,7 +54,7 @@ def tokens_of(args: argparse.Namespace) -> CalibrationTokens:
 @torch.no_grad()
 def layers_of(args: argparse.Namespace, tokens: CalibrationTokens) -> list[Layer]:
     decoder = Decoder(args.model)
-    texts = [decoder.enter(part, 4096) for part in (tokens.calibration, tokens.heldout)]
+    texts = [decoder.enter(part, RunSpec.batch_tokens) for part in (tokens.calibration, tokens.heldout)]
     found = []
     for index in range(max(args.blocks) + 1):
         decoder.load_block(index)
