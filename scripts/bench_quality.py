@@ -27,6 +27,9 @@ seeds knows nothing of that draw; with `--redraw` every seed has a draw, and bas
 16-bit model and a method's own variants (those of `cloq` have its name in theirs) left out. The column says after how many steps, and
 seconds of training, a method's validation loss first is as low, linear in the loss between evaluations.
 
+**What is not the quantization's.** With `--exact-base` training starts from the same factors on `W - B A`, the 16-bit model to the last
+digits: what is left to `lora-16` then is the factors' own.
+
 **What a sweep changes.** One setting at a time, of the bases and factors too where it is theirs: the base that factors share is made once
 for all ranks and ways of propagation, since its codes know of neither. A method that a setting means nothing to has one cell for all its
 values.
@@ -131,7 +134,7 @@ def write(protocol: Protocol, sweeps: Sequence[Sweep], rows: Sequence[Row], benc
     (out / "results.json").write_text(json.dumps(content, indent=1), "utf8")
     tables = {"table.md": main_table(protocol, rows, bench.refused)}
     curves(rows, out / "curves.png")
-    if len({row.bits for row in rows} - {BITS_16}) > 1:
+    if len({row.bits for row in rows if not row.changes} - {BITS_16}) > 1:
         width_figure(rows, out / "widths.png")
     for sweep in sweeps:
         tables[f"sweep-{sweep.name}.md"] = sweep_table(protocol, sweep, rows)

@@ -25,7 +25,8 @@ class Protocol:
     factors to data, `None` for `adapter`; the base that all share is always calibrated through its own compressed prefix. precision: of the
     products in training, `fp32` or `bf16` (autocast; factors, their optimizer and evaluation are float32 in both). tasks: answered before
     and after training, on `task_rows` rows of each out of `task_data`. calib_seed: of the choice of calibration sequences. rounds,
-    fisher: of methods that leave them open, `None` for the default.
+    fisher: of methods that leave them open, `None` for the default. exact_base: train on what the factors leave of the 16-bit weights,
+    `W − B A`, instead of on the quantized ones: a start without any error, of the same factors.
     """
 
     model: str
@@ -51,6 +52,7 @@ class Protocol:
     sequential: bool = True
     rounds: int | None = None
     fisher: float | None = None
+    exact_base: bool = False
     precision: str = "fp32"
     tasks: tuple[str, ...] = ()
     task_data: str | None = None
@@ -67,6 +69,7 @@ class Protocol:
         silent += ["propagate"] if self.propagate is None else []
         silent += ["sequential"] if self.sequential else []
         silent += set(OPEN) - self.opened.keys()
+        silent += [] if self.exact_base else ["exact_base"]
         silent += ["calib_seed"] if self.calib_seed == 0 else []
         silent += ["precision"] if self.precision == "fp32" else []
         return {name: value for name, value in values.items() if name not in silent}
@@ -178,6 +181,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--calib-len")
     parser.add_argument("--propagate", type=_propagate, help="what factors are calibrated on: adapter (default), quantized, dense")
     parser.add_argument("--no-sequential", dest="sequential", action="store_false", help="one forward per block instead of several")
+    parser.add_argument("--exact-base", action="store_true", help="train on W - BA instead of the quantized weights: a start without error")
     add("--precision", choices=["fp32", "bf16"], help="of the products in training: bf16 is autocast, on factors in float32")
     parser.add_argument("--tasks", type=lambda text: tuple(text.split(",")), default=(), help="accuracy before and after: arc_easy,piqa")
     parser.add_argument("--task-data", help="folder with the tasks' files; the hub if not given")

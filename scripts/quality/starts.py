@@ -110,7 +110,25 @@ def trainable_model(protocol: Protocol, pair: Pair | None) -> nn.Module:
     model = _decoded(protocol, pair.base)
     config = PeftConfig.from_pretrained(pair.adapter)
     config.lora_dropout = protocol.dropout
-    return PeftModel.from_pretrained(model, pair.adapter, is_trainable=True, config=config)
+    model = PeftModel.from_pretrained(model, pair.adapter, is_trainable=True, config=config)
+    if protocol.exact_base:
+        _take_the_error_away(model, protocol)
+    return model
+
+
+@torch.no_grad()
+def _take_the_error_away(model: nn.Module, protocol: Protocol) -> None:
+    """Every base weight under factors becomes `W − B A`, so that base and adapter are the 16-bit model."""
+    from peft.tuners.lora import LoraLayer
+    from transformers import AutoModelForCausalLM
+
+    from cloq.models import locate, set_weight
+
+    original = AutoModelForCausalLM.from_pretrained(locate(protocol.model), dtype=torch.float32)
+    for name, layer in model.get_base_model().named_modules():
+        if isinstance(layer, LoraLayer):
+            weight = original.get_submodule(name).weight
+            set_weight(layer.get_base_layer(), weight - layer.get_delta_weight(layer.active_adapters[0]))
 
 
 def _decoded(protocol: Protocol, base: Path) -> nn.Module:

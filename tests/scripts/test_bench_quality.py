@@ -156,6 +156,17 @@ def test_training_in_bfloat16_is_training_in_float32_but_for_rounding_and_anothe
         run(place, *same, "--precision", "bf16", out="fp32")
 
 
+def test_an_exact_base_starts_where_the_16_bit_model_does(place):
+    """And trains from the factors of the run, not as LoRA does; its results do not mix with those of the quantized base."""
+    words = ["--methods", "lora-16", "cloq", "--seeds", "0", "--exact-base"]
+    found = {path.stem: json.loads(path.read_text())["result"] for path in (run(place, *words, out="exact") / "cells").iterdir()}
+    lora, cloq = found["16-lora-16-lr0.0003-seed0"], found["2-cloq-lr0.0003-seed0"]
+    assert cloq["before"]["test"] == pytest.approx(lora["before"]["test"], abs=1e-4)
+    assert cloq["after"]["test"] != lora["after"]["test"]
+    with pytest.raises(SystemExit, match="exact_base"):
+        run(place, *words[:-1], out="exact")
+
+
 def test_sweeps(place):
     out = run(
         place, "--methods", "cloq", "lora-16", "--seeds", "0", "--sweep", "rank", "2", "4", "--sweep", "group-size", "32", "0", out="swept"
