@@ -50,7 +50,7 @@ from pathlib import Path
 from typing import Any
 
 from quality.cells import Cell, Kept, Start, grid, starts
-from quality.methods import BITS_16, METHODS, OWN
+from quality.methods import METHODS, OWN
 from quality.protocol import Protocol, Sweep, add_arguments, read_protocol
 from quality.rivals import Refused
 from quality.summary import Row, best_rates, perplexity, summarize
@@ -125,7 +125,7 @@ class Bench:
 
 def write(protocol: Protocol, sweeps: Sequence[Sweep], rows: Sequence[Row], bench: Bench, args: argparse.Namespace) -> None:
     """Tables and figures of what there is."""
-    from quality.figures import curves, sweep_figure, width_figure
+    from quality.figures import curves, sweep_figure, width_figure, widths
     from quality.tables import main_table, sweep_table
 
     out = Path(args.out)
@@ -134,7 +134,7 @@ def write(protocol: Protocol, sweeps: Sequence[Sweep], rows: Sequence[Row], benc
     (out / "results.json").write_text(json.dumps(content, indent=1), "utf8")
     tables = {"table.md": main_table(protocol, rows, bench.refused)}
     curves(rows, out / "curves.png")
-    if len({row.bits for row in rows if not row.changes} - {BITS_16}) > 1:
+    if len(widths([row for row in rows if not row.changes])) > 1:
         width_figure(rows, out / "widths.png")
     for sweep in sweeps:
         tables[f"sweep-{sweep.name}.md"] = sweep_table(protocol, sweep, rows)

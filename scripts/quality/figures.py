@@ -11,6 +11,11 @@ from quality.summary import Row, perplexity
 from quality.tables import sweep_rows
 
 
+def widths(rows: Sequence[Row]) -> list[float]:
+    """Of the rows on quantized bases, from narrow to wide."""
+    return sorted({row.bits for row in rows} - {BITS_16})
+
+
 def curves(rows: Sequence[Row], path: Path) -> None:
     """Validation perplexity against the training step, a panel per width."""
     plain = [row for row in rows if not row.changes]
@@ -27,15 +32,15 @@ def width_figure(rows: Sequence[Row], path: Path) -> None:
     """Test perplexity after training against the width, from wide to narrow; dashed across it what the 16-bit model has."""
     plain = [row for row in rows if not row.changes]
     drawn, [axis] = _axes(1)
-    widths = sorted({row.bits for row in plain} - {BITS_16}, reverse=True)
+    wide_first = widths(plain)[::-1]
     for method in dict.fromkeys(row.method for row in plain):
         found = {row.bits: perplexity(row.loss) for row in plain if row.method == method}
         if BITS_16 in found:
-            axis.plot(range(len(widths)), [found[BITS_16]] * len(widths), "k--", label=method, lw=1)
+            axis.plot(range(len(wide_first)), [found[BITS_16]] * len(wide_first), "k--", label=method, lw=1)
         else:
-            places = [place for place, bits in enumerate(widths) if bits in found]
-            axis.plot(places, [found[widths[place]] for place in places], "o-", label=method, lw=_width(method))
-    axis.set_xticks(range(len(widths)), [f"{bits:g}" for bits in widths])
+            places = [place for place, bits in enumerate(wide_first) if bits in found]
+            axis.plot(places, [found[wide_first[place]] for place in places], "o-", label=method, lw=_width(method))
+    axis.set_xticks(range(len(wide_first)), [f"{bits:g}" for bits in wide_first])
     _finish(axis, xlabel="bits", ylabel="test perplexity after training")
     _save(drawn, path)
 
@@ -57,9 +62,9 @@ def sweep_figure(protocol: Protocol, sweep: Sweep, rows: Sequence[Row], path: Pa
 
 def _panels(rows: Sequence[Row]):
     """The figure, and (width, axis) of each panel."""
-    widths = sorted({row.bits for row in rows if row.bits != BITS_16}) or [BITS_16]
-    drawn, axes = _axes(len(widths))
-    return drawn, list(zip(widths, axes, strict=True))
+    found = widths(rows) or [BITS_16]
+    drawn, axes = _axes(len(found))
+    return drawn, list(zip(found, axes, strict=True))
 
 
 def _axes(count: int):

@@ -69,7 +69,7 @@ class Protocol:
         silent += ["propagate"] if self.propagate is None else []
         silent += ["sequential"] if self.sequential else []
         silent += set(OPEN) - self.opened.keys()
-        silent += [] if self.exact_base else ["exact_base"]
+        silent += ["exact_base"] if not self.exact_base else []
         silent += ["calib_seed"] if self.calib_seed == 0 else []
         silent += ["precision"] if self.precision == "fp32" else []
         return {name: value for name, value in values.items() if name not in silent}

@@ -97,38 +97,41 @@ def _beyond(changes: Changes) -> bool:
 def trainable_model(protocol: Protocol, pair: Pair | None) -> nn.Module:
     """The base in float32 with its adapter, or with LoRA's usual one on the 16-bit model, as a `peft.PeftModel`."""
     from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-    from transformers import AutoModelForCausalLM
 
     from cloq.models import Decoder, locate
 
     if pair is None:
-        model = AutoModelForCausalLM.from_pretrained(locate(protocol.model), dtype=torch.float32)
+        model = _original(protocol)
         names = sorted({name.rsplit(".", 1)[-1] for name in Decoder(locate(protocol.model)).all_linears()})
         torch.manual_seed(0)  # of LoRA's random A, which the runs have fixed in their files
         usual = {"r": protocol.rank, "lora_alpha": protocol.rank, "lora_dropout": protocol.dropout}
         return get_peft_model(model, LoraConfig(target_modules=names, task_type="CAUSAL_LM", **usual))
-    model = _decoded(protocol, pair.base)
+    model = _original(protocol) if protocol.exact_base else _decoded(protocol, pair.base)
     config = PeftConfig.from_pretrained(pair.adapter)
     config.lora_dropout = protocol.dropout
     model = PeftModel.from_pretrained(model, pair.adapter, is_trainable=True, config=config)
     if protocol.exact_base:
-        _take_the_error_away(model, protocol)
+        _leave_to_the_factors(model)
     return model
 
 
 @torch.no_grad()
-def _take_the_error_away(model: nn.Module, protocol: Protocol) -> None:
-    """Every base weight under factors becomes `W − B A`, so that base and adapter are the 16-bit model."""
+def _leave_to_the_factors(model: nn.Module) -> None:
+    """Every weight `W` under factors becomes `W − B A`, so that base and adapter are what the model was."""
     from peft.tuners.lora import LoraLayer
+
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.get_base_layer().weight -= layer.get_delta_weight(layer.active_adapters[0])
+
+
+def _original(protocol: Protocol) -> nn.Module:
+    """The 16-bit model in float32."""
     from transformers import AutoModelForCausalLM
 
-    from cloq.models import locate, set_weight
+    from cloq.models import locate
 
-    original = AutoModelForCausalLM.from_pretrained(locate(protocol.model), dtype=torch.float32)
-    for name, layer in model.get_base_model().named_modules():
-        if isinstance(layer, LoraLayer):
-            weight = original.get_submodule(name).weight
-            set_weight(layer.get_base_layer(), weight - layer.get_delta_weight(layer.active_adapters[0]))
+    return AutoModelForCausalLM.from_pretrained(locate(protocol.model), dtype=torch.float32)
 
 
 def _decoded(protocol: Protocol, base: Path) -> nn.Module:
@@ -136,10 +139,10 @@ def _decoded(protocol: Protocol, base: Path) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     from cloq.export.read import QuantizedFolder
-    from cloq.models import locate, set_weight
+    from cloq.models import set_weight
 
     source = QuantizedFolder(base)
-    model = AutoModelForCausalLM.from_pretrained(locate(protocol.model) if source.names else base, dtype=torch.float32)
+    model = _original(protocol) if source.names else AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     for name in source.names:
         set_weight(model.get_submodule(name), source.weight(name).dequantize())
     return model
